@@ -1,0 +1,1 @@
+"""The commands: parse, call, print. Each module registers its own on the app."""

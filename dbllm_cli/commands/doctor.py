@@ -1,0 +1,183 @@
+"""`doctor`: what this machine has of what dbllm needs, told without importing torch."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import typer
+
+from dbllm_cli.commands.options import JsonOption, StoreOption
+from dbllm_cli.console import Console, size_text
+from dbllm_cli.errors import ConfigError, DbllmError
+from dbllm_cli.store import Store, resolve_model
+from dbllm_cli.store.store import DEFAULT_ROOT
+
+_DEMO_MODEL = "builtin:smollm2-135m"
+_FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
+    "asimd", "i8mm", "sve", "bf16",
+)  # fmt: skip
+_BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at.
+
+    Attributes:
+        ok: whether all of dbllm works with it as it is.
+        found: what is there.
+        hint: how to mend or improve it.
+    """
+
+    name: str
+    ok: bool
+    found: str
+    hint: str = ""
+
+
+def register(app: typer.Typer) -> None:
+    """Add `doctor`."""
+    app.command("doctor")(doctor)
+
+
+def doctor(store: StoreOption = DEFAULT_ROOT, json: JsonOption = False) -> None:
+    """Tell what this machine has of what dbllm needs, and how to get the rest."""
+    console = Console()
+    checks = list(_checks(store))
+    if json:
+        console.print_json({"checks": [asdict(check) for check in checks]})
+    else:
+        rows = [
+            (check.name, "ok" if check.ok else "PROBLEM", check.found, check.hint)
+            for check in checks
+        ]
+        console.print_table(("check", "", "found", "hint"), rows)
+    if not all(check.ok for check in checks):
+        raise typer.Exit(ConfigError.exit_code)
+
+
+def installed_version() -> str:
+    """The version of the installed package."""
+    return _version("dbllm") or "not installed"
+
+
+def _checks(store: Path) -> Iterator[Check]:
+    installed = _version("dbllm") is not None
+    hint = "" if installed else "pip install -e . (in the folder of pyproject.toml)"
+    yield Check("dbllm", installed, installed_version(), hint)
+    yield Check("python", True, f"{platform.python_version()} at {sys.executable}")
+    yield from _dependencies()
+    yield _processor()
+    yield _threads()
+    yield _memory()
+    yield _store(store)
+    yield _compiler()
+    yield _gpu()
+    yield _demo_model(store)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _dependencies() -> Iterator[Check]:
+    """The packages that dbllm's own metadata asks for, so that no list is kept here."""
+    from packaging.requirements import Requirement
+
+    try:
+        required = importlib.metadata.requires("dbllm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for requirement in map(Requirement, required):
+        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        if optional and not (requirement.marker and requirement.marker.evaluate({"extra": "gguf"})):
+            continue
+        found = _version(requirement.name)
+        fits = found is not None and requirement.specifier.contains(found, prereleases=True)
+        hint = "" if fits else f'pip install "{requirement.name}{requirement.specifier}"'
+        if optional and found is None:
+            yield Check(requirement.name, True, "absent (only for .gguf models)", hint)
+        else:
+            yield Check(requirement.name, fits, found or "absent", hint)
+
+
+def _processor() -> Check:
+    info = _cpu_info()
+    features = {*info.get("flags", "").split(), *info.get("Features", "").split()}
+    name = info.get("model name") or platform.processor() or platform.machine()
+    known = " ".join(feature for feature in _FEATURES if feature in features)
+    hint = ""
+    if not features & _BFLOAT16_FEATURES:
+        hint = "no bfloat16 in hardware: --compute-dtype float32 may be faster"
+    return Check("processor", True, f"{name} ({known or 'no known features'})", hint)
+
+
+def _cpu_info() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty where there is no such file."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _threads() -> Check:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    limit = os.environ.get("OMP_NUM_THREADS")
+    return Check("threads", True, f"{count}" + (f", OMP_NUM_THREADS={limit}" if limit else ""))
+
+
+def _memory() -> Check:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Check("memory", True, f"{size_text(total)}, {size_text(free)} of it unused")
+
+
+def _store(store: Path) -> Check:
+    folder = next(path for path in (store.absolute(), *store.absolute().parents) if path.exists())
+    free = size_text(shutil.disk_usage(folder).free)
+    if os.access(folder, os.W_OK):
+        return Check("store", True, f"{store}, {free} free")
+    return Check("store", False, f"{folder} can't be written", "name another with --store")
+
+
+def _compiler() -> Check:
+    wanted = os.environ.get("CC", "cc").split()[0]
+    found = next((path for name in (wanted, "gcc", "clang") if (path := shutil.which(name))), None)
+    if found:
+        return Check("C compiler", True, found)
+    return Check("C compiler", True, "absent", "apt-get install gcc (packed models run faster)")
+
+
+def _gpu() -> Check:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return Check("GPU", True, "none found")
+    command = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Check("GPU", True, f"nvidia-smi fails: {error}")
+    names = "; ".join(result.stdout.splitlines())
+    if "+cpu" in (_version("torch") or ""):
+        return Check("GPU", True, names, "this torch is built without CUDA: install one with it")
+    return Check("GPU", True, names)
+
+
+def _demo_model(store: Path) -> Check:
+    try:
+        model = resolve_model(_DEMO_MODEL, None, Store(store))
+    except DbllmError as error:
+        return Check("demo model", True, error.message, error.hint)
+    return Check("demo model", True, str(model.path))

@@ -1,0 +1,1 @@
+"""Flexible Dual Binarization in plain torch: levels, fit, layers, packing and losses."""

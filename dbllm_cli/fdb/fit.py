@@ -1,0 +1,133 @@
+"""Starting planes and scales of a matrix: `paper`, `mse` and `als`.
+
+Errors are weighted by the mean square of each input, the diagonal of XᵀX, so that they estimate
+the error of the layer's output.
+"""
+
+import torch
+from torch import Tensor
+
+from dbllm_cli.fdb.groups import to_groups
+from dbllm_cli.fdb.levels import assign_planes, nearest_level, project_signs, sorted_levels
+
+_GRID = torch.linspace(0.20, 1.05, 35)
+"""Steps tried by `mse`, as shares of max|w| / 2."""
+_ALTERNATIONS = 12
+_CHUNK_WEIGHTS = 1 << 22
+"""Weights fitted at once: bounds the work memory whatever the layer."""
+
+
+def fit_scales(
+    matrix: Tensor, group_size: int, method: str, input_weights: Tensor | None = None
+) -> Tensor:
+    """Scales of every group.
+
+    Args:
+        matrix: weights `[out, in]`.
+        group_size: inputs that share two scales.
+        method: `paper` (step max|w|/2), `mse` (best step by search, either orientation) or `als`
+            (from `mse`, alternate nearest-level assignment and least squares).
+        input_weights: importance of each input `[in]`, not negative; equal when absent.
+
+    Returns:
+        alpha1 and alpha2, float32 `[2, out, groups]`.
+    """
+    fit = {"paper": _fit_paper, "mse": _fit_mse, "als": _fit_als}[method]
+    if input_weights is None:
+        input_weights = torch.ones(matrix.shape[-1], device=matrix.device)
+    importance = to_groups(input_weights.to(torch.float32), group_size)
+    rows = max(1, _CHUNK_WEIGHTS // matrix.shape[-1])
+    chunks = [
+        torch.stack(fit(to_groups(part.to(torch.float32), group_size), importance))
+        for part in matrix.split(rows)
+    ]
+    return torch.cat(chunks, dim=1).squeeze(-1)
+
+
+def _step_sizes(grouped: Tensor) -> Tensor:
+    return grouped.abs().amax(-1, keepdim=True) / 2
+
+
+def _fit_paper(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """INT2 with step s = max|w|/2: alpha1 = 2s, alpha2 = −s (DB-LLM, initialization)."""
+    del importance
+    step = _step_sizes(grouped)
+    return 2 * step, -step
+
+
+def _weighted_error(grouped: Tensor, importance: Tensor, alpha1: Tensor, alpha2: Tensor) -> Tensor:
+    difference = nearest_level(grouped, sorted_levels(alpha1, alpha2)) - grouped
+    return (difference.square_() * importance).sum(-1, keepdim=True)
+
+
+def _keep_better(
+    grouped: Tensor,
+    importance: Tensor,
+    best: tuple[Tensor, Tensor, Tensor],
+    alpha1: Tensor,
+    alpha2: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    error = _weighted_error(grouped, importance, alpha1, alpha2)
+    better = error < best[2]
+    return (
+        torch.where(better, alpha1, best[0]),
+        torch.where(better, alpha2, best[1]),
+        torch.where(better, error, best[2]),
+    )
+
+
+def _search_step(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    step = _step_sizes(grouped)
+    best = (2 * step, -step, torch.full_like(step, torch.inf))
+    for share in _GRID.tolist():
+        for factor1, factor2 in ((2.0, -1.0), (1.0, -2.0)):
+            alpha1, alpha2 = factor1 * share * step, factor2 * share * step
+            best = _keep_better(grouped, importance, best, alpha1, alpha2)
+    return best
+
+
+def _fit_mse(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    return _search_step(grouped, importance)[:2]
+
+
+def _fit_als(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    best = _search_step(grouped, importance)
+    for _ in range(_ALTERNATIONS):
+        b1, b2 = assign_planes(grouped, best[0], best[1])
+        alpha1, alpha2 = least_squares_scales(grouped, importance, b1, b2)
+        best = _keep_better(grouped, importance, best, alpha1, alpha2)
+    return best[:2]
+
+
+def least_squares_scales(
+    grouped: Tensor, importance: Tensor, b1: Tensor, b2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The scales with the least weighted square error for given planes: a 2×2 system per group.
+
+    Args:
+        grouped: weights `[..., group_size]`.
+        importance: weight of each error, broadcast to `grouped`.
+        b1: plane, bool, the shape of `grouped`.
+        b2: plane, bool, the shape of `grouped`.
+
+    Returns:
+        alpha1 and alpha2 `[..., 1]`, signs projected. A plane that is empty gets scale 0.
+    """
+    first, second = b1 * importance, b2 * importance
+    a11 = first.sum(-1, keepdim=True)
+    a22 = second.sum(-1, keepdim=True)
+    a12 = (first * b2).sum(-1, keepdim=True)
+    y1 = (first * grouped).sum(-1, keepdim=True)
+    y2 = (second * grouped).sum(-1, keepdim=True)
+    determinant = a11 * a22 - a12 * a12
+    singular = determinant <= 1e-6 * a11 * a22
+    safe = torch.where(singular, 1.0, determinant)
+    alone1 = torch.where(a11 > 0, y1 / a11, 0.0)
+    alone2 = torch.where(a22 > 0, y2 / a22, 0.0)
+    alpha1 = torch.where(singular, alone1, (a22 * y1 - a12 * y2) / safe)
+    alpha2 = torch.where(singular, alone2, (a11 * y2 - a12 * y1) / safe)
+    # Where one sign is wrong the constrained optimum has that scale at zero.
+    only1, only2 = alpha2 > 0, alpha1 < 0
+    alpha1 = torch.where(only1, alone1, alpha1)
+    alpha2 = torch.where(only2, alone2, alpha2)
+    return project_signs(alpha1, alpha2)

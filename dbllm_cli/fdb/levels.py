@@ -1,0 +1,124 @@
+"""The four levels of a group and the choice among them (DB-LLM, Flexible Dual Binarization).
+
+Each weight is `alpha1·b1 + alpha2·b2` with `b1, b2` in {0, 1} and `alpha2 <= 0 <= alpha1`: the levels
+are alpha2, 0, alpha1 + alpha2 and alpha1. The middle two swap places with the sign of
+alpha1 + alpha2, the group's orientation. The paper's rule `b1 = H(w − (alpha1+alpha2)/2)`,
+`b2 = H(−(w − alpha1·b1 − alpha2/2))` is the nearest level where that sum is positive, ties included:
+the middle tie goes up, the outer ties go down.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Levels(NamedTuple):
+    """The sorted levels of each group and the borders between them, all of one shape."""
+
+    lowest: Tensor
+    lower: Tensor
+    upper: Tensor
+    highest: Tensor
+
+    @property
+    def borders(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Midpoints between neighbouring levels, ascending."""
+        return (
+            (self.lowest + self.lower) / 2,
+            (self.lower + self.upper) / 2,
+            (self.upper + self.highest) / 2,
+        )
+
+
+def sorted_levels(alpha1: Tensor, alpha2: Tensor) -> Levels:
+    """Levels alpha2, min(0, s), max(0, s), alpha1 with s = alpha1 + alpha2.
+
+    Args:
+        alpha1: not negative, any shape.
+        alpha2: not positive, the same shape.
+    """
+    middle = alpha1 + alpha2
+    return Levels(alpha2, middle.clamp(max=0), middle.clamp(min=0), alpha1)
+
+
+def project_signs(alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest scales with `alpha2 <= 0 <= alpha1`."""
+    return alpha1.clamp(min=0), alpha2.clamp(max=0)
+
+
+def nearest_level(grouped: Tensor, levels: Levels) -> Tensor:
+    """The nearest level of each weight.
+
+    Args:
+        grouped: weights `[..., group_size]`.
+        levels: of shape `[..., 1]`.
+
+    Returns:
+        Dequantized weights, the shape and dtype of `grouped`.
+    """
+    first, second, third = levels.borders
+    low = torch.where(grouped > first, levels.lower, levels.lowest)
+    high = torch.where(grouped > third, levels.highest, levels.upper)
+    return torch.where(grouped >= second, high, low)
+
+
+def assign_planes(grouped: Tensor, alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
+    """Planes of the nearest level of each weight.
+
+    Args:
+        grouped: weights `[..., group_size]`.
+        alpha1: `[..., 1]`, not negative.
+        alpha2: `[..., 1]`, not positive.
+
+    Returns:
+        b1 and b2, bool, the shape of `grouped`. A group whose scales are both zero has empty planes.
+    """
+    first, second, third = sorted_levels(alpha1, alpha2).borders
+    above_first, above_second, above_third = grouped > first, grouped >= second, grouped > third
+    upright = alpha1 + alpha2 >= 0
+    b1 = torch.where(upright, above_second, above_third | (above_first & ~above_second))
+    b2 = torch.where(upright, ~above_first | (above_second & ~above_third), ~above_second)
+    alive = (alpha1 != 0) | (alpha2 != 0)
+    return b1 & alive, b2 & alive
+
+
+def straight_through_mask(grouped: Tensor, levels: Levels) -> Tensor:
+    """Where the gradient passes to a latent weight.
+
+    True from half a step below the lowest level to half a step above the highest, where a step is
+    the distance to the next level.
+
+    Args:
+        grouped: latent weights `[..., group_size]`.
+        levels: of shape `[..., 1]`.
+    """
+    below = levels.lowest - (levels.lower - levels.lowest) / 2
+    above = levels.highest + (levels.highest - levels.upper) / 2
+    return (grouped >= below) & (grouped <= above)
+
+
+def clamp_to_cells(grouped: Tensor, b1: Tensor, b2: Tensor, alpha1: Tensor, alpha2: Tensor) -> Tensor:
+    """The weight nearest to each given one that still has the planes b1, b2.
+
+    So training can start from a full-precision weight without changing a stored plane. The borders
+    are drawn in by a thousandth of a cell, so that rounding does not cross them.
+
+    Args:
+        grouped: full-precision weights `[..., group_size]`.
+        b1: plane, bool, the shape of `grouped`.
+        b2: plane, bool, the shape of `grouped`.
+        alpha1: `[..., 1]`.
+        alpha2: `[..., 1]`.
+    """
+    levels = sorted_levels(alpha1, alpha2)
+    value = alpha1 * b1 + alpha2 * b2
+    order = torch.stack(levels.borders, dim=-1).expand(*grouped.shape, 3)
+    infinite = torch.full_like(order[..., :1], torch.inf)
+    edges = torch.cat((-infinite, order, infinite), dim=-1)
+    rank = (value.unsqueeze(-1) > order).sum(-1, keepdim=True)
+    lower = edges.gather(-1, rank).squeeze(-1)
+    upper = edges.gather(-1, rank + 1).squeeze(-1)
+    inset_lower = torch.where(lower.isinf(), lower, lower + (value - lower) * 1e-3)
+    inset_upper = torch.where(upper.isinf(), upper, upper - (upper - value) * 1e-3)
+    return torch.minimum(torch.maximum(grouped, inset_lower), inset_upper)

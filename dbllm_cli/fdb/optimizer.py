@@ -1,0 +1,96 @@
+"""AdamW with learning rates relative to each layer's scales, warm-up and cosine."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dbllm_cli.fdb.training import LatentLinear, TrainableLinear
+
+_BETAS = (0.9, 0.95)
+_FINAL_FACTOR = 0.05
+
+
+def schedule_factor(step: int, total: int, warmup: int) -> float:
+    """Factor of the learning rate at a step: linear warm-up, then a cosine down to 5 %.
+
+    Args:
+        step: from 0.
+        total: steps of the whole run.
+        warmup: steps of warm-up.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    return _FINAL_FACTOR + (1 - _FINAL_FACTOR) * cosine
+
+
+class RelativeAdamW:
+    """AdamW over the latent weights and scales of layers, each rate times the mean |alpha1|.
+
+    An absolute rate suits no two layers: their scales differ by orders of magnitude.
+
+    Args:
+        layers: name -> layer.
+        latent_lr: relative rate of latent weights.
+        scale_lr: relative rate of scales.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, TrainableLinear], latent_lr: float, scale_lr: float
+    ) -> None:
+        self._layers = dict(layers)
+        groups = []
+        for name, layer in layers.items():
+            size = float(layer.alpha[0].detach().abs().mean())
+            groups.append(_group(f"{name}.alpha", layer.alpha, scale_lr * size))
+            if isinstance(layer, LatentLinear):
+                groups.append(_group(f"{name}.latent", layer.latent, latent_lr * size))
+        # The gradients are those of a relative error and tiny: a usual epsilon would rule the step.
+        self._optimizer = torch.optim.AdamW(
+            groups, betas=_BETAS, eps=1e-12, weight_decay=0.0, fused=True
+        )
+
+    def parameters(self) -> list[Tensor]:
+        """All that is trained."""
+        return [group["params"][0] for group in self._optimizer.param_groups]
+
+    def step(self, factor: float) -> None:
+        """One step at `factor` times the base rates; then the scales get their signs back."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for layer in self._layers.values():
+            layer.project()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Parameters and moments by name, to save."""
+        tensors: dict[str, Tensor] = {}
+        for group in self._optimizer.param_groups:
+            (parameter,) = group["params"]
+            tensors[group["name"]] = parameter.detach()
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{group['name']}:{key}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_tensors`."""
+        for group in self._optimizer.param_groups:
+            (parameter,) = group["params"]
+            parameter.copy_(tensors[group["name"]])
+            prefix = f"{group['name']}:"
+            state = {
+                name.removeprefix(prefix): value.to(parameter.device)
+                for name, value in tensors.items()
+                if name.startswith(prefix)
+            }
+            if state:
+                self._optimizer.state[parameter] = state
+
+
+def _group(name: str, parameter: Tensor, base_lr: float) -> dict[str, object]:
+    return {"name": name, "params": [parameter], "lr": base_lr, "base_lr": base_lr}

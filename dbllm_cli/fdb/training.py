@@ -1,0 +1,164 @@
+"""Layers that train: latent weights with scales, or scales alone over fixed planes.
+
+The gradient is straight-through: 1 to a latent weight inside the outer cells' bounds, and to
+alpha1, alpha2 the sums over the group of gradient·b1 and gradient·b2.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from dbllm_cli.fdb.groups import from_groups, to_groups
+from dbllm_cli.fdb.levels import (
+    assign_planes,
+    clamp_to_cells,
+    project_signs,
+    sorted_levels,
+    straight_through_mask,
+)
+from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix, round_scales
+from dbllm_cli.kernels import unpack_planes
+
+
+def _scale_gradients(grad: Tensor, b1: Tensor, b2: Tensor, group_size: int) -> Tensor:
+    grouped = to_groups(grad.to(torch.float32), group_size)
+    return torch.stack(((grouped * b1).sum(-1), (grouped * b2).sum(-1)))
+
+
+class _LatentWeight(torch.autograd.Function):
+    """Dense weights from latent weights: planes are derived anew at every call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, latent: Tensor, alpha: Tensor, group_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        grouped = to_groups(latent, group_size)
+        alpha1, alpha2 = alpha.unsqueeze(-1)
+        b1, b2 = assign_planes(grouped, alpha1, alpha2)
+        passes = straight_through_mask(grouped, sorted_levels(alpha1, alpha2))
+        ctx.save_for_backward(b1, b2, passes)
+        ctx.group_size = group_size
+        return from_groups(alpha1 * b1 + alpha2 * b2, latent.shape[-1]).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        b1, b2, passes = ctx.saved_tensors
+        to_latent = grad.to(torch.float32) * from_groups(passes, grad.shape[-1])
+        return to_latent, _scale_gradients(grad, b1, b2, ctx.group_size), None, None
+
+
+class _ScaledPlanes(torch.autograd.Function):
+    """Dense weights from packed planes; keeps only the packed planes for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, packed: Tensor, alpha: Tensor, in_features: int, group_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.in_features, ctx.group_size = in_features, group_size
+        b1, b2 = to_groups(unpack_planes(packed, in_features, torch.float32), group_size)
+        alpha1, alpha2 = alpha.unsqueeze(-1)
+        return from_groups(alpha1 * b1 + alpha2 * b2, in_features).to(dtype)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[None, Tensor, None, None, None]:
+        (packed,) = ctx.saved_tensors
+        planes = unpack_planes(packed, ctx.in_features, torch.float32)
+        b1, b2 = to_groups(planes, ctx.group_size)
+        return None, _scale_gradients(grad, b1, b2, ctx.group_size), None, None, None
+
+
+class TrainableLinear(nn.Module):
+    """Base of the two layers that train: scales `alpha` float32 `[2, out, groups]` and a frozen bias."""
+
+    def __init__(self, quantized: QuantizedMatrix, bias: Tensor | None) -> None:
+        super().__init__()
+        self.in_features = quantized.in_features
+        self.group_size = quantized.group_size
+        self.alpha = nn.Parameter(quantized.alpha.to(torch.float32))
+        self.bias: Tensor | None
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized matrix `[out, in]`, with gradients."""
+        raise NotImplementedError
+
+    def quantize(self) -> QuantizedMatrix:
+        """What is stored: scales rounded to float16 and the planes they give."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` `[..., in]` to `[..., out]`; under autocast the products are in its dtype."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return linear(x.to(dtype), self.dense(dtype), bias)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the scales back to `alpha2 <= 0 <= alpha1`; called after every step."""
+        alpha1, alpha2 = project_signs(self.alpha[0], self.alpha[1])
+        self.alpha.copy_(torch.stack((alpha1, alpha2)))
+
+
+class LatentLinear(TrainableLinear):
+    """Trains latent weights `latent` float32 `[out, in]` and the scales."""
+
+    def __init__(self, quantized: QuantizedMatrix, latent: Tensor, bias: Tensor | None) -> None:
+        super().__init__(quantized, bias)
+        self.latent = nn.Parameter(latent.to(torch.float32))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """See `TrainableLinear.dense`."""
+        result: Tensor = _LatentWeight.apply(self.latent, self.alpha, self.group_size, dtype)
+        return result
+
+    @torch.no_grad()
+    def quantize(self) -> QuantizedMatrix:
+        """See `TrainableLinear.quantize`."""
+        return quantize_matrix(self.latent, self.alpha, self.group_size)
+
+
+class ScaleLinear(TrainableLinear):
+    """Trains the scales over fixed planes `packed` uint8 `[2, out, ceil(in / 8)]`."""
+
+    def __init__(self, quantized: QuantizedMatrix, bias: Tensor | None) -> None:
+        super().__init__(quantized, bias)
+        self.packed: Tensor
+        self.register_buffer("packed", quantized.weight)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """See `TrainableLinear.dense`."""
+        result: Tensor = _ScaledPlanes.apply(
+            self.packed, self.alpha, self.in_features, self.group_size, dtype
+        )
+        return result
+
+    @torch.no_grad()
+    def quantize(self) -> QuantizedMatrix:
+        """See `TrainableLinear.quantize`."""
+        return QuantizedMatrix(
+            self.packed, round_scales(self.alpha), self.in_features, self.group_size
+        )
+
+
+def latent_start(quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
+    """Latent weights to start from: the teacher's weights, clamped into their codes' cells.
+
+    Args:
+        quantized: stored planes and scales.
+        teacher: full-precision weights `[out, in]`.
+
+    Returns:
+        float32 `[out, in]`, with the same planes as `quantized`.
+    """
+    size = quantized.group_size
+    planes = unpack_planes(quantized.weight, quantized.in_features, torch.float32).bool()
+    b1, b2 = to_groups(planes, size)
+    alpha1, alpha2 = quantized.alpha.to(torch.float32).unsqueeze(-1)
+    grouped = to_groups(teacher.to(torch.float32), size)
+    return from_groups(clamp_to_cells(grouped, b1, b2, alpha1, alpha2), teacher.shape[-1])

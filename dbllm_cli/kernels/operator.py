@@ -1,0 +1,52 @@
+"""The operator `dbllm::fdb_linear`. Faster routes register for their device under the same name."""
+
+import torch
+from torch import Tensor
+
+from dbllm_cli.kernels.reference import dequantize, fdb_linear_reference
+
+
+@torch.library.custom_op("dbllm::fdb_linear", mutates_args=())
+def fdb_linear(
+    x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """The product of a packed layer: `y = alpha1·(b1 x) + alpha2·(b2 x) + bias`.
+
+    Args:
+        x: input, float32, bfloat16 or float16 `[..., in]`.
+        weight: planes b1 and b2, uint8 `[2, out, ceil(in / 8)]`, least significant bit first.
+        alpha: scales alpha1 and alpha2, floating `[2, out, groups]`.
+        bias: `[out]` of x's dtype, or None.
+        group_size: inputs that share two scales; the last group may be shorter.
+
+    Returns:
+        `[..., out]` of x's dtype.
+    """
+    return fdb_linear_reference(x, weight, alpha, bias, group_size)
+
+
+@fdb_linear.register_fake
+def _fdb_linear_shape(
+    x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+def _keep_for_backward(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
+    x, weight, alpha, bias, group_size = inputs
+    ctx.save_for_backward(weight, alpha)  # type: ignore[attr-defined]
+    ctx.group_size = group_size  # type: ignore[attr-defined]
+    ctx.in_features = x.shape[-1]  # type: ignore[attr-defined]
+    ctx.has_bias = bias is not None  # type: ignore[attr-defined]
+
+
+def _gradient_to_inputs(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, alpha = ctx.saved_tensors  # type: ignore[attr-defined]
+    dense = dequantize(
+        weight, alpha, ctx.in_features, ctx.group_size, grad.dtype  # type: ignore[attr-defined]
+    )
+    bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None  # type: ignore[attr-defined]
+    return grad @ dense, None, None, bias, None
+
+
+fdb_linear.register_autograd(_gradient_to_inputs, setup_context=_keep_for_backward)

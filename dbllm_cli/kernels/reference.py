@@ -1,0 +1,63 @@
+"""The packed product in plain torch: what every faster route is compared with."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def _byte_bits(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The 8 bits of each byte value, least significant first: `[256, 8]`."""
+    values = torch.arange(256, device=device).unsqueeze(-1)
+    return ((values >> torch.arange(8, device=device)) & 1).to(dtype)
+
+
+def unpack_planes(weight: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """Bit planes as numbers.
+
+    Args:
+        weight: uint8 `[..., ceil(in_features / 8)]`, least significant bit first.
+        in_features: columns to keep; the rest of the last byte is padding.
+        dtype: dtype of the result.
+
+    Returns:
+        0 or 1, `[..., in_features]`.
+    """
+    table = _byte_bits(weight.device, dtype)
+    bits = table.index_select(0, weight.flatten().int())
+    return bits.view(*weight.shape[:-1], -1)[..., :in_features]
+
+
+def dequantize(
+    weight: Tensor, alpha: Tensor, in_features: int, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The dense matrix `alpha1·b1 + alpha2·b2` (DB-LLM, eq. of Flexible Dual Binarization).
+
+    Args:
+        weight: planes, uint8 `[2, out, ceil(in_features / 8)]`.
+        alpha: scales, floating `[2, out, groups]`.
+        in_features: inputs of the layer.
+        group_size: inputs that share two scales; the last group may be shorter.
+        dtype: dtype of the result; sums are made in float32 and rounded once.
+
+    Returns:
+        `[out, in_features]`.
+    """
+    out_features, groups = alpha.shape[1:]
+    padded = weight.shape[-1] * 8
+    planes = unpack_planes(weight, padded, torch.float32)
+    if padded != groups * group_size:
+        planes = torch.nn.functional.pad(planes, (0, groups * group_size - padded))
+    grouped = planes.view(2, out_features, groups, group_size)
+    scales = alpha.to(torch.float32).unsqueeze(-1)
+    dense = torch.addcmul(grouped[0] * scales[0], grouped[1], scales[1])
+    return dense.to(dtype).view(out_features, -1)[:, :in_features]
+
+
+def fdb_linear_reference(
+    x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """See `dbllm_cli.kernels.operator.fdb_linear`."""
+    dense = dequantize(weight, alpha, x.shape[-1], group_size, x.dtype)
+    return torch.nn.functional.linear(x, dense, bias)

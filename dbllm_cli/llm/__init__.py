@@ -1,0 +1,1 @@
+"""Everything that touches transformers, datasets and gguf: models, text, generation, perplexity."""

@@ -1,0 +1,186 @@
+"""A model's decoder blocks and their linear layers, found by structure, not by a table of names."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.fdb.linear import FdbLinear
+
+
+@dataclass(frozen=True)
+class DecoderBlocks:
+    """The list of decoder blocks: `modules[i]` is named `<prefix>.<i>` in the model."""
+
+    prefix: str
+    modules: nn.ModuleList
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def name(self, index: int) -> str:
+        """Full name of a block."""
+        return f"{self.prefix}.{index}"
+
+    def linear_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Full name and module of every linear layer in the blocks, in order."""
+        for index, block in enumerate(self.modules):
+            for name, module in block.named_modules():
+                if is_linear(module):
+                    yield f"{self.name(index)}.{name}", module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is one that dbllm quantizes: nn.Linear, or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight as `[out, in]`; also the inverse. GPT-2's Conv1D stores `[in, out]`."""
+    return weight.t().contiguous() if isinstance(module, Conv1D) else weight
+
+
+def layer_shape(module: nn.Module) -> tuple[int, int]:
+    """`(in_features, out_features)` of a linear layer."""
+    shape = module.weight.shape
+    first, second = int(shape[0]), int(shape[1])
+    return (first, second) if isinstance(module, Conv1D) else (second, first)
+
+
+def find_blocks(model: nn.Module) -> DecoderBlocks:
+    """The outermost module list whose members hold the most linear weights, packed or not.
+
+    Raises:
+        ConfigError: no module list holds a linear layer.
+    """
+    best: DecoderBlocks | None = None
+    most = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        weights = sum(
+            part.weight.numel()
+            for part in module.modules()
+            if is_linear(part) or isinstance(part, FdbLinear)
+        )
+        if weights > most:
+            best, most = DecoderBlocks(name, module), weights
+    if best is None:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of blocks with linear layers",
+            "dbllm quantizes decoder-only transformers models",
+        )
+    return best
+
+
+def select_layers(
+    blocks: DecoderBlocks, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, nn.Module]:
+    """The linear layers whose names match `include` and not `exclude` (shell wildcards).
+
+    Raises:
+        ConfigError: nothing matches, or a block holds fused expert tensors, which are not linear
+            layers and would be left in full precision unsaid.
+    """
+    selected = {
+        name: module
+        for name, module in blocks.linear_layers()
+        if _matches(name, include) and not _matches(name, exclude)
+    }
+    if not selected:
+        raise ConfigError(
+            f"no linear layer matches include {list(include)} without exclude {list(exclude)}",
+            f"names look like {next(blocks.linear_layers())[0]}",
+        )
+    for index, block in enumerate(blocks.modules):
+        for name, module in block.named_modules():
+            full = f"{blocks.name(index)}.{name}"
+            if _holds_fused_experts(module) and not _matches(full, exclude):
+                raise ConfigError(
+                    f"{full} ({type(module).__name__}) fuses its experts into one tensor, "
+                    "which dbllm can't quantize",
+                    "leave such modules in full precision with --exclude '*experts*'",
+                )
+    return selected
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _holds_fused_experts(module: nn.Module) -> bool:
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    own = module.named_parameters(recurse=False)
+    return not convolution and any(parameter.ndim >= 3 for _, parameter in own)
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments that a model's forward gives one block beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states for `hidden` `[batch, tokens, hidden]`."""
+        output = block(hidden, *self.args, **self.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+class _Recorder:
+    """Stands in for a block's forward: keeps its arguments and passes the hidden states on."""
+
+    def __init__(self, returns_tuple: bool) -> None:
+        self._returns_tuple = returns_tuple
+        self.call: BlockCall | None = None
+        self.hidden: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            hidden, args = args[0], args[1:]
+        else:
+            hidden = kwargs.pop("hidden_states")
+        self.hidden, self.call = hidden, BlockCall(args, kwargs)
+        return (hidden,) if self._returns_tuple else hidden
+
+
+@torch.no_grad()
+def capture_calls(
+    model: PreTrainedModel, blocks: DecoderBlocks, input_ids: Tensor, returns_tuple: bool = False
+) -> tuple[Tensor, list[BlockCall]]:
+    """Run the model's own forward around its blocks, which may still be empty.
+
+    So masks and position arguments are the model's, whatever its family gives to each block.
+
+    Args:
+        model: embeddings loaded, blocks not needed.
+        blocks: the model's blocks.
+        input_ids: tokens `[batch, tokens]`.
+        returns_tuple: whether the family's blocks return a tuple.
+
+    Returns:
+        The hidden states that enter the first block, and each block's arguments.
+    """
+    recorders = [_Recorder(returns_tuple) for _ in blocks.modules]
+    try:
+        for block, recorder in zip(blocks.modules, recorders, strict=True):
+            block.forward = recorder  # type: ignore[assignment]
+        model.base_model(input_ids=input_ids, use_cache=False)
+    finally:
+        for block in blocks.modules:
+            del block.forward
+    calls = [recorder.call for recorder in recorders if recorder.call is not None]
+    entering = recorders[0].hidden
+    if entering is None or len(calls) != len(blocks):
+        raise ConfigError(
+            f"{type(model).__name__} does not run each of its {len(blocks)} blocks once",
+            "dbllm reconstructs models whose forward calls every block in order; use distill",
+        )
+    return entering, calls

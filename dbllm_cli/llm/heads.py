@@ -1,0 +1,44 @@
+"""The last step of a model, from final hidden states to logits, apart from the rest.
+
+The vocabulary is large: whoever reads logits does so chunk by chunk through `head`.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.fdb.losses import Head
+
+
+def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Final hidden states `[batch, tokens, hidden]` of tokens `[batch, tokens]`."""
+    hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return hidden
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The map from final hidden states to logits: output embeddings and the family's soft cap.
+
+    Raises:
+        ConfigError: the model's own logits are not reproduced.
+    """
+    embeddings = model.get_output_embeddings()
+    settings = model.config.get_text_config()
+    cap = getattr(settings, "final_logit_softcapping", None)
+
+    def to_logits(hidden: Tensor) -> Tensor:
+        logits: Tensor = embeddings(hidden)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    with torch.no_grad():
+        probe = torch.arange(4, device=model.device).unsqueeze(0)
+        own = model(input_ids=probe, use_cache=False).logits.to(torch.float32)
+        ours = to_logits(final_hidden(model, probe)).to(torch.float32)
+    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.abs().max().item()):
+        raise ConfigError(
+            f"{type(model).__name__} changes its logits after the output embeddings in a way that "
+            "dbllm does not know",
+            "please report the model",
+        )
+    return to_logits

@@ -1,0 +1,206 @@
+"""Opening models: dense ones, packed ones, empty ones, and the import of what is not yet
+safetensors under module names."""
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from dbllm_cli.errors import ArtifactMissingError, ConfigError
+from dbllm_cli.llm.quantizer import register
+from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
+from dbllm_cli.store import Artifact
+
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt",
+    ".index.json",
+)  # fmt: skip
+LAYER_REPORT, CURVE = "layers.json", "curve.jsonl"
+STAGE_FILES = ("manifest.json", "metrics.json", LAYER_REPORT, CURVE)
+
+
+def model_folder(model: Artifact, work: Path, trust_remote_code: bool = False) -> Path:
+    """The model as a folder of safetensors whose names are the module's own.
+
+    A `.gguf` file, or a checkpoint under other names, is imported once into the work area, so that
+    later steps read single tensors without transformers' conversions.
+
+    Args:
+        model: kind model.
+        work: the store's work area.
+        trust_remote_code: let transformers run code that comes with the model.
+
+    Raises:
+        ConfigError: transformers does not know the architecture.
+    """
+    if model.path.is_dir() and _has_module_names(model.path, trust_remote_code):
+        return model.path
+    imported = work / "models" / model.digest[:16]
+    if not imported.is_dir():
+        staging = work / f"importing-{uuid.uuid4().hex}"
+        staging.mkdir(parents=True)
+        try:
+            _import_model(model.path, staging, trust_remote_code)
+            imported.parent.mkdir(parents=True, exist_ok=True)
+            staging.rename(imported)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return imported
+
+
+def _has_module_names(folder: Path, trust_remote_code: bool) -> bool:
+    model = empty_model(load_config(folder, trust_remote_code), trust_remote_code)
+    stored = TensorFolder(folder)
+    return all(name in stored for name in module_tensor_names(model))
+
+
+def module_tensor_names(model: PreTrainedModel) -> list[str]:
+    """Names of all tensors that a checkpoint of the model holds; tied ones once."""
+    tied = set(model.all_tied_weights_keys)
+    return [name for name in model.state_dict() if name not in tied]
+
+
+def _import_model(source: Path, folder: Path, trust_remote_code: bool) -> None:
+    with _quiet():
+        if source.is_file():
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent,
+                gguf_file=source.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            tokenizer.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, trust_remote_code=trust_remote_code
+            )
+            copy_other_files(source, folder)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.save_pretrained(folder)
+    tensors = model.state_dict()
+    with ShardWriter(folder) as writer:
+        writer.add_all((name, tensors[name]) for name in module_tensor_names(model))
+
+
+def copy_other_files(source: Path, folder: Path) -> None:
+    """Copy every file of a model's folder that is not weights: tokenizer, templates, licences.
+
+    What a stage writes beside the model is left out.
+    """
+    for path in sorted(source.iterdir()):
+        ours = path.name in STAGE_FILES or path.name.startswith(".")
+        if path.is_file() and not ours and not path.name.endswith(WEIGHT_SUFFIXES):
+            shutil.copyfile(path, folder / path.name)
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config.
+
+    Raises:
+        ConfigError: transformers does not know the architecture.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(
+            f"transformers can't read {folder / 'config.json'}: {_first_line(error)}",
+            "check model_type; for code that comes with the model add --trust-remote-code",
+        ) from error
+    return config
+
+
+def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model with its parameters on the meta device and its buffers real, in eval mode.
+
+    Raises:
+        ConfigError: the architecture is no causal language model.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise ConfigError(
+            f"{config.model_type} is not a causal language model: {_first_line(error)}",
+            "dbllm quantizes decoder-only transformers models",
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A dense, fdb or packed model folder, whole, in eval mode.
+
+    Raises:
+        ConfigError: transformers does not know the architecture.
+    """
+    register()
+    load_config(folder, trust_remote_code)
+    with _quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    moved: Any = model.to(device)  # type: ignore[arg-type]
+    return moved.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ArtifactMissingError: the folder has none.
+    """
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    missing = ArtifactMissingError(
+        f"{folder} has no tokenizer (tokenizer.json)", "copy the model's tokenizer files into it"
+    )
+    if not any((folder / name).is_file() for name in names):
+        raise missing
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, OSError, TypeError, AttributeError) as error:
+        raise missing from error
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own bars and advice off the screen: dbllm draws its own."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

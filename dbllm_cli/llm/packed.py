@@ -1,0 +1,161 @@
+"""Folders of quantized models: an fdb artifact is one, with latent weights beside it.
+
+`<layer>.weight` is uint8 `[2, out, ceil(in / 8)]` and `<layer>.alpha` float16 `[2, out, groups]`;
+every other tensor has the model's own name.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dbllm_cli.errors import ArtifactCorruptError
+from dbllm_cli.fdb.groups import group_count
+from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.fdb.training import latent_start
+from dbllm_cli.llm.blocks import layer_shape, matrix_of
+from dbllm_cli.llm.models import copy_other_files, empty_model, load_config, module_tensor_names
+from dbllm_cli.llm.quantizer import FORMAT_VERSION
+from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
+
+LATENTS = "latents"
+
+
+class PackedFolder:
+    """The quantized layers of an fdb or packed artifact, read one at a time.
+
+    Raises:
+        ArtifactCorruptError: config.json says nothing of dbllm, or a layer has the wrong shape.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors = TensorFolder(folder)
+        settings = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+        if settings.get("quant_method") != "dbllm":
+            raise ArtifactCorruptError(
+                f"{folder / 'config.json'} has no quantization_config of dbllm",
+                "make the artifact again: dbllm init-fdb",
+            )
+        self.group_size: int = settings["group_size"]
+        self.kept: list[str] = settings["modules_to_not_convert"]
+        has_latents = any(folder.glob(f"{LATENTS}*.safetensors"))
+        self.latents = TensorFolder(folder, LATENTS) if has_latents else None
+
+    def layer_names(self) -> list[str]:
+        """Names of the quantized layers, sorted."""
+        return [name.removesuffix(".alpha") for name in self.tensors.names() if _is_alpha(name)]
+
+    def layer(self, name: str, in_features: int) -> QuantizedMatrix:
+        """Planes and scales of one layer."""
+        weight, alpha = self.tensors.get(f"{name}.weight"), self.tensors.get(f"{name}.alpha")
+        out_features = weight.shape[1]
+        groups = group_count(in_features, self.group_size)
+        fits = weight.shape == (2, out_features, -(-in_features // 8))
+        if not fits or alpha.shape != (2, out_features, groups):
+            raise ArtifactCorruptError(
+                f"layer {name} of {self.folder} has planes {tuple(weight.shape)} and scales "
+                f"{tuple(alpha.shape)}, which do not fit {in_features} inputs",
+                "make the artifact again",
+            )
+        return QuantizedMatrix(weight, alpha, in_features, self.group_size)
+
+    def latent(self, name: str, quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
+        """Latent weights to train from, float32 `[out, in]`: stored ones, else the teacher's.
+
+        Args:
+            name: the layer.
+            quantized: its planes and scales.
+            teacher: its full-precision matrix `[out, in]`.
+        """
+        if self.latents is not None and name in self.latents:
+            return self.latents.get(name)
+        return latent_start(quantized, teacher)
+
+    def other_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that is not a plane or a scale."""
+        quantized = set(self.layer_names())
+        for name, tensor in self.tensors.items():
+            if not _is_alpha(name) and name.removesuffix(".weight") not in quantized:
+                yield name, tensor
+
+
+def _is_alpha(name: str) -> bool:
+    return name.endswith(".alpha")
+
+
+def layer_tensors(name: str, quantized: QuantizedMatrix) -> list[tuple[str, Tensor]]:
+    """A layer's tensors under the names that packed models store."""
+    return [(f"{name}.weight", quantized.weight), (f"{name}.alpha", quantized.alpha)]
+
+
+def quantized_config(
+    config: dict[str, Any], group_size: int, kept: Sequence[str], dtype: str
+) -> dict[str, Any]:
+    """config.json of a quantized model: the model's own with `quantization_config` added."""
+    return {
+        **config,
+        "dtype": dtype,
+        "quantization_config": {
+            "quant_method": "dbllm",
+            "format_version": FORMAT_VERSION,
+            "group_size": group_size,
+            "modules_to_not_convert": sorted(kept),
+        },
+    }
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON that is the same for the same data; NaN is refused."""
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_requantized(
+    student: PackedFolder,
+    out: Path,
+    layers: Iterable[tuple[str, QuantizedMatrix, Tensor | None]],
+) -> None:
+    """Write an fdb artifact like `student` with other planes and scales.
+
+    Args:
+        student: where all other tensors and files come from.
+        out: the new artifact's folder.
+        layers: name, planes and scales, and the latent weights to keep (or None), of every layer.
+    """
+    copy_other_files(student.folder, out)
+    latents = out / ".latents"
+    latents.mkdir()
+    with ShardWriter(out) as writer, ShardWriter(latents, LATENTS) as latent_writer:
+        any_latents = False
+        for name, quantized, latent in layers:
+            writer.add_all(layer_tensors(name, quantized))
+            if latent is not None:
+                any_latents = True
+                latent_writer.add(name, latent)
+        writer.add_all(student.other_tensors())
+    if any_latents:
+        for path in latents.iterdir():
+            path.rename(out / path.name)
+    shutil.rmtree(latents)
+
+
+def dense_tensors(
+    student: PackedFolder, trust_remote_code: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The dequantized model's tensors in bfloat16, under and in the shape of the model's own."""
+    model = empty_model(load_config(student.folder, trust_remote_code), trust_remote_code)
+    quantized = set(student.layer_names())
+    for name in module_tensor_names(model):
+        layer = name.removesuffix(".weight")
+        if layer in quantized and name.endswith(".weight"):
+            module = model.get_submodule(layer)
+            in_features, _ = layer_shape(module)
+            dense = student.layer(layer, in_features).dense()
+            yield name, matrix_of(module, dense).to(torch.bfloat16)
+        else:
+            tensor = student.tensors.get(name)
+            yield name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor

@@ -1,0 +1,101 @@
+"""How transformers loads a packed model: `quant_method: dbllm`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from dbllm_cli.fdb.linear import FdbLinear
+from dbllm_cli.llm.blocks import find_blocks, layer_shape
+
+FORMAT_VERSION = 1
+
+
+class DbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a packed model's config.json.
+
+    Args:
+        group_size: inputs that share two scales.
+        modules_to_not_convert: full names of linear layers in the blocks that are not quantized.
+        format_version: of the tensors; a newer one is refused.
+
+    Raises:
+        ValueError: the folder was written by a newer dbllm.
+    """
+
+    def __init__(
+        self,
+        group_size: int = 64,
+        modules_to_not_convert: list[str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **kwargs: Any,
+    ) -> None:
+        del kwargs
+        if format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"packed format {format_version} is newer than this dbllm reads "
+                f"({FORMAT_VERSION}): pip install --upgrade dbllm"
+            )
+        self.quant_method = "dbllm"
+        self.format_version = format_version
+        self.group_size = group_size
+        self.modules_to_not_convert = list(modules_to_not_convert or ())
+
+
+class DbllmQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts FdbLinear in the place of every quantized layer before the weights are read."""
+
+    requires_calibration = True
+    quantization_config: DbllmConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        del kwargs
+        settings = self.quantization_config
+        convert_layers(model, settings.group_size, settings.modules_to_not_convert)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Packed models save as they were loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed planes don't train; `dbllm distill` trains an fdb artifact."""
+        return False
+
+
+def convert_layers(model: nn.Module, group_size: int, kept: list[str]) -> None:
+    """Replace the linear layers of the decoder blocks by empty FdbLinear of the same shape.
+
+    Args:
+        model: on the meta device, or loaded.
+        group_size: inputs that share two scales.
+        kept: full names of layers to leave; a headless model's shorter names match them too.
+    """
+    for name, module in list(find_blocks(model).linear_layers()):
+        if any(skip == name or skip.endswith(f".{name}") for skip in kept):
+            continue
+        in_features, out_features = layer_shape(module)
+        bias = getattr(module, "bias", None)
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        replacement = FdbLinear(
+            in_features, out_features, group_size, bias is not None, weight.dtype, weight.device
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement)
+
+
+def register() -> None:
+    """Teach transformers to load packed models; calling it again does nothing."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    if "dbllm" not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config("dbllm")(DbllmConfig)
+        register_quantizer("dbllm")(DbllmQuantizer)

@@ -1,0 +1,106 @@
+"""One decoder block at a time: the rest of the model stays on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+
+from dbllm_cli.llm.blocks import BlockCall, capture_calls, find_blocks
+from dbllm_cli.llm.models import empty_model, load_config
+from dbllm_cli.llm.tensors import TensorFolder
+
+
+class StreamedModel:
+    """A model whose blocks are loaded when asked for and dropped after.
+
+    Args:
+        folder: safetensors under module names.
+        device: where blocks run.
+        trust_remote_code: let transformers run code that comes with the model.
+    """
+
+    def __init__(self, folder: Path, device: str, trust_remote_code: bool = False) -> None:
+        self.tensors = TensorFolder(folder)
+        self.device = device
+        self.model = empty_model(load_config(folder, trust_remote_code), trust_remote_code)
+        self.blocks = find_blocks(self.model)
+        self._calls: dict[int, list[BlockCall]] = {}
+        inside = f"{self.blocks.prefix}."
+        for name, _ in self.model.named_parameters():
+            if not name.startswith(inside) and name in self.tensors:
+                self._load(self.model, name, self.tensors.get(name))
+        for _, buffer in self.model.named_buffers():
+            buffer.data = buffer.data.to(device)
+
+    def _load(self, module: nn.Module, name: str, tensor: Tensor) -> None:
+        if tensor.is_floating_point():
+            tensor = tensor.to(torch.float32)
+        set_module_tensor_to_device(module, name, self.device, value=tensor)
+
+    def load_block(self, index: int) -> nn.Module:
+        """A block with its weights, float32, on the device."""
+        block = self.blocks.modules[index]
+        for name in list(block.state_dict()):
+            self._load(block, name, self.tensors.get(f"{self.blocks.name(index)}.{name}"))
+        return block.requires_grad_(False)
+
+    def drop_block(self, index: int) -> None:
+        """Give the block's memory back."""
+        block = self.blocks.modules[index]
+        for name, _ in list(block.named_parameters()):
+            set_module_tensor_to_device(block, name, "meta")
+
+    def enter(self, sequences: Tensor, batch_size: int) -> Tensor:
+        """Hidden states that enter the first block, float32 on the CPU `[n, tokens, hidden]`.
+
+        Args:
+            sequences: int64 token ids `[n, tokens]`.
+            batch_size: sequences at once, here and whenever blocks run.
+        """
+        entering = []
+        for batch in sequences.split(batch_size):
+            hidden, calls = capture_calls(self.model, self.blocks, batch.to(self.device))
+            self._calls.setdefault(batch.shape[0], calls)
+            entering.append(hidden.to("cpu", torch.float32))
+        return torch.cat(entering)
+
+    def run_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output for a batch, with the model's own arguments.
+
+        Args:
+            index: which block's arguments.
+            block: the module to run: this model's, or a quantized copy.
+            hidden: `[batch, tokens, hidden]` on the device; a batch size that `enter` met.
+        """
+        return self._calls[hidden.shape[0]][index].run(block, hidden)
+
+    @torch.no_grad()
+    def run_all(
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: Tensor,
+        batch_size: int,
+        done: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """The block's output for all sequences, float32 on the CPU.
+
+        Args:
+            index: which block's arguments.
+            block: the module to run.
+            hidden: `[n, tokens, hidden]`.
+            batch_size: as given to `enter`.
+            done: called with the number of sequences of each batch.
+        """
+        output = torch.empty_like(hidden)
+        start = 0
+        for batch in hidden.split(batch_size):
+            result = self.run_block(index, block, batch.to(self.device))
+            output[start : start + batch.shape[0]] = result.to("cpu", torch.float32)
+            start += batch.shape[0]
+            if done is not None:
+                done(batch.shape[0])
+        return output
+

@@ -1,0 +1,204 @@
+"""Text from files and datasets, and its tokens."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dbllm_cli.errors import ConfigError
+
+_SUFFIXES = (".txt", ".raw", ".tokens", ".md", ".jsonl", ".json", ".parquet")
+DOCUMENT_GAP = "\n\n"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where documents come from: a local file or folder, or a dataset of the hub.
+
+    Attributes:
+        text: path of a text, JSONL or parquet file, or of a folder of them.
+        dataset: NAME or NAME/CONFIG of a dataset, when `text` is None.
+        documents: range START:STOP, or None for all.
+        separator: splits a text file into documents; a text file is one document without it.
+    """
+
+    text: str | None
+    dataset: str | None
+    revision: str | None
+    split: str
+    text_field: str
+    documents: str | None
+    separator: str | None
+
+    def read(self) -> list[str]:
+        """The documents, in order.
+
+        Raises:
+            ConfigError: nothing there, no such column, or no text in it.
+        """
+        found = list(self._from_files() if self.text is not None else self._from_dataset())
+        if self.documents is not None:
+            start, _, stop = self.documents.partition(":")
+            found = found[int(start or 0) : int(stop) if stop else None]
+        if not any(document.strip() for document in found):
+            raise ConfigError(f"{self.text or self.dataset} holds no text", "give another file")
+        return found
+
+    def read_raw(self) -> str:
+        """A single text file as one string.
+
+        Raises:
+            ConfigError: not a text file, or an empty one.
+        """
+        path = Path(self.text or "")
+        if self.text is None or not path.is_file() or path.suffix in (".jsonl", ".parquet"):
+            raise ConfigError(
+                f"reading raw needs a text file, got {self.text or self.dataset}",
+                "use --reading wikitext-rows for rows of parquet, JSONL and datasets",
+            )
+        content = _read_text(path)
+        if not content.strip():
+            raise ConfigError(f"{path} holds no text", "give another file")
+        return content
+
+    def _from_files(self) -> Iterator[str]:
+        path = Path(self.text or "")
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist", "check the path given as text")
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
+            if not files:
+                raise ConfigError(f"{path} holds no {', '.join(_SUFFIXES)} file", "name a file")
+        for file in files:
+            yield from self._documents_of(file)
+
+    def _documents_of(self, file: Path) -> Iterator[str]:
+        if file.suffix == ".parquet":
+            yield from _parquet_column(file, self.text_field)
+        elif file.suffix in (".jsonl", ".json"):
+            yield from _jsonl_field(file, self.text_field)
+        elif self.separator is not None:
+            parts = _read_text(file).split(self.separator)
+            yield from (part.strip() for part in parts if part.strip())
+        else:
+            yield _read_text(file)
+
+    def _from_dataset(self) -> Iterator[str]:
+        from datasets import load_dataset
+
+        name, _, config = (self.dataset or "").partition(":")
+        try:
+            rows = load_dataset(name, config or None, split=self.split, revision=self.revision)
+        except Exception as error:
+            raise ConfigError(
+                f"dataset {self.dataset} can't be loaded: {str(error).splitlines()[0]}",
+                "check its name, revision and the network, or give a local file as text",
+            ) from error
+        if self.text_field not in rows.column_names:
+            raise ConfigError(
+                f"dataset {self.dataset} has no column {self.text_field}",
+                f"set text_field to one of {', '.join(rows.column_names)}",
+            )
+        yield from rows[self.text_field]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error}", "convert it to UTF-8") from error
+
+
+def _parquet_column(path: Path, column: str) -> list[str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        names = parquet.read_schema(path).names
+        if column not in names:
+            raise ConfigError(
+                f"{path} has no column {column}", f"set text_field to one of {', '.join(names)}"
+            )
+        texts: list[str] = parquet.read_table(path, columns=[column])[column].to_pylist()
+        return texts
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{path} is not a parquet file: {error}", "give another file") from error
+
+
+def _jsonl_field(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield str(json.loads(line)[field])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}:{number}: no JSON object with the field {field}", "set text_field"
+            ) from error
+
+
+def wikitext_rows(content: str) -> list[str]:
+    """The rows of the `datasets` version of WikiText from the raw file: lines, blank ones empty."""
+    return ["" if line.strip() == "" else line for line in content.splitlines(keepends=True)]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
+    """Token ids of a text, with the tokenizer's own special tokens once unless told not to."""
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return ids
+
+
+def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text: most often BOS, or nothing."""
+    with_special, plain = tokenize(tokenizer, "a"), tokenize(tokenizer, "a", special=False)
+    return with_special[: len(with_special) - len(plain)] if with_special != plain else []
+
+
+def document_stream(
+    tokenizer: PreTrainedTokenizerBase, documents: list[str], needed: int | None = None
+) -> list[int]:
+    """Tokens of documents one after the other, each begun as the tokenizer begins a text.
+
+    A tokenizer that adds nothing gets two newlines between documents.
+
+    Args:
+        tokenizer: the model's.
+        documents: texts.
+        needed: stop after so many tokens.
+    """
+    gap = [] if leading_special_tokens(tokenizer) else tokenize(tokenizer, DOCUMENT_GAP)
+    stream: list[int] = []
+    for document in documents:
+        if needed is not None and len(stream) >= needed:
+            break
+        if stream:
+            stream += gap
+        stream += tokenize(tokenizer, document)
+    return stream
+
+
+def windows(stream: list[int], sequence_length: int) -> Tensor:
+    """Non-overlapping windows `[n, sequence_length]` (int64) of a token stream; the tail is dropped."""
+    count = len(stream) // sequence_length
+    cut = torch.tensor(stream[: count * sequence_length], dtype=torch.int64)
+    return cut.view(count, sequence_length)
+
+
+def tokens_digest(ids: Tensor) -> str:
+    """Hex sha256 of token ids, as int32 little endian."""
+    return hashlib.sha256(ids.to(torch.int32).numpy().tobytes()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex sha256 of the vocabulary and the special tokens."""
+    content = {
+        "vocabulary": tokenizer.get_vocab(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Pipeline files: reading them, planning what runs and why, and running it."""

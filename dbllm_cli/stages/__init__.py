@@ -1,0 +1,1 @@
+"""The stages: what each is (`spec`) and one body per stage."""

@@ -1,0 +1,140 @@
+"""calibrate: token sequences for training, a held-out part, and statistics of the layers' inputs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dbllm_cli.configs import CalibrateConfig
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
+from dbllm_cli.llm.sampling import SamplingSettings, sample_sequences
+from dbllm_cli.llm.statistics import input_mean_squares
+from dbllm_cli.llm.tensors import TensorFolder, require_finite, save_tensors
+from dbllm_cli.llm.text import (
+    TextSource,
+    document_stream,
+    leading_special_tokens,
+    tokenizer_digest,
+    tokens_digest,
+    windows,
+)
+from dbllm_cli.stages.resuming import note_environment
+from dbllm_cli.stages.sequences import Calibration
+from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.store import Artifact
+
+
+def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+    """Make the calibration artifact: tokens.safetensors, statistics.safetensors.
+
+    Raises:
+        ConfigError: the text is too short.
+        ArtifactCorruptError: the model holds NaN.
+    """
+    folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
+    for name, tensor in TensorFolder(folder).items():
+        require_finite(name, tensor)
+    tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
+    dtype = getattr(torch, config.compute_dtype)
+    model = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
+    _check_length(config, model)
+    note_environment(ctx.scratch, ctx.progress)
+    if config.source == "generate":
+        sequences = _generate(config, model, tokenizer, ctx)
+    else:
+        sequences = _read(config, tokenizer)
+    train, held_out = sequences[: config.num_samples], sequences[config.num_samples :]
+    with ctx.progress.task("statistics", len(train), unit="sequences") as task:
+        # A long batch would only raise the peak memory.
+        means = input_mean_squares(model, train, min(config.batch_size, 4), task)
+    for name, mean in means.items():
+        require_finite(f"the inputs of {name}", mean)
+    Calibration(train, held_out, means).save(ctx.out)
+    return _report(train, held_out, model, tokenizer)
+
+
+def _check_length(config: CalibrateConfig, model: PreTrainedModel) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.sequence_length > longest:
+        raise ConfigError(
+            f"sequence_length {config.sequence_length} is more than the model's {longest} positions",
+            f"set sequence_length to at most {longest}",
+        )
+
+
+def _generate(
+    config: CalibrateConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ctx: Context,
+) -> Tensor:
+    settings = SamplingSettings(
+        config.sequence_length, config.greedy_tokens, config.temperature, config.top_k
+    )
+    prefix = leading_special_tokens(tokenizer)
+    needed = config.num_samples + config.held_out
+    starts = range(0, needed, config.batch_size)
+    finished = [_batch_file(ctx.scratch, start) for start in starts]
+    done = sum(path.is_file() for path in finished) * config.batch_size
+    length = config.sequence_length
+    batches = []
+    with ctx.progress.task(
+        "generate", needed * length, min(done, needed) * length, "tokens"
+    ) as task:
+        for start, path in zip(starts, finished, strict=True):
+            if not path.is_file():
+                count = min(config.batch_size, needed - start)
+                seed = config.seed * 1_000_003 + start
+                ids = sample_sequences(model, prefix, count, settings, seed, task)
+                save_tensors({"ids": ids.to(torch.int32)}, path.with_suffix(".part"))
+                path.with_suffix(".part").rename(path)
+            batches.append(TensorFolder(ctx.scratch, path.stem).get("ids").to(torch.int64))
+    return torch.cat(batches)
+
+
+def _batch_file(scratch: Path, start: int) -> Path:
+    return scratch / f"generated-{start:06d}.safetensors"
+
+
+def _read(config: CalibrateConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    source = TextSource(
+        config.text,
+        config.dataset,
+        config.revision,
+        config.split,
+        config.text_field,
+        config.documents,
+        config.separator,
+    )
+    needed = config.num_samples + config.held_out
+    stream = document_stream(tokenizer, source.read(), needed * config.sequence_length)
+    sequences = windows(stream, config.sequence_length)[:needed]
+    if len(sequences) < needed:
+        raise ConfigError(
+            f"{config.text or config.dataset} gives {len(sequences)} sequences of "
+            f"{config.sequence_length} tokens, {needed} are needed",
+            f"give more text, or set num_samples to at most {max(0, len(sequences) - config.held_out)}",
+        )
+    return sequences
+
+
+def _report(
+    train: Tensor,
+    held_out: Tensor,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Metrics:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    both = torch.cat((train, held_out))
+    return {
+        "tokens": train.numel(),
+        "held_out_tokens": held_out.numel(),
+        "duplicates": len(both) - len(torch.unique(both, dim=0)),
+        "vocabulary_coverage": round(len(torch.unique(train)) / vocabulary, 6),
+        "leading_special_tokens": leading_special_tokens(tokenizer),
+        "tokens_digest": tokens_digest(both),
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+    }

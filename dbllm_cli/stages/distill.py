@@ -1,0 +1,229 @@
+"""distill: end to end against the teacher's predictions, by KD, DAD or next-token loss."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from dbllm_cli.configs import DistillConfig
+from dbllm_cli.errors import StageFailedError
+from dbllm_cli.fdb.losses import DistillationLoss, LossAndGradient, distillation_loss
+from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
+from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.fdb.training import LatentLinear
+from dbllm_cli.llm.blocks import find_blocks
+from dbllm_cli.llm.heads import final_hidden, head
+from dbllm_cli.llm.models import CURVE, load_model, model_folder
+from dbllm_cli.llm.packed import PackedFolder, write_requantized
+from dbllm_cli.progress import Task
+from dbllm_cli.stages.layer_report import write_layer_report
+from dbllm_cli.stages.resuming import last_checkpoint, note_environment, save_checkpoint
+from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
+from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.stages.trained_layers import make_trainable
+from dbllm_cli.store import Artifact
+
+
+def run(config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+    """Train the student and make the fdb artifact of its best measurement on the held-out part.
+
+    Raises:
+        ArtifactMissingError: student or calibration belong to another model.
+        StageFailedError: the loss is not finite.
+    """
+    require_same_model(inputs)
+    note_environment(ctx.scratch, ctx.progress)
+    calibration = open_calibration(inputs["calibration"])
+    folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
+    compute = getattr(torch, config.compute_dtype)
+    student = PackedFolder(inputs["student"].path)
+    trainer = _Trainer(
+        config,
+        load_model(folder, compute, ctx.device, ctx.trust_remote_code),
+        load_model(student.folder, torch.float32, ctx.device, ctx.trust_remote_code),
+        student,
+        calibration,
+        ctx,
+    )
+    metrics = trainer.train()
+    write_requantized(student, ctx.out, trainer.best_layers())
+    lines = [json.dumps(entry, sort_keys=True, allow_nan=False) for entry in trainer.curve]
+    (ctx.out / CURVE).write_text("\n".join(lines) + "\n")
+    return metrics | write_layer_report(folder, calibration.input_mean_squares, ctx)
+
+
+class _Trainer:
+    """Teacher, student and the state of one run."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        teacher: PreTrainedModel,
+        model: PreTrainedModel,
+        student: PackedFolder,
+        calibration: Calibration,
+        ctx: Context,
+    ) -> None:
+        self.config, self.ctx, self.calibration = config, ctx, calibration
+        self.teacher, self.model = teacher, model
+        self.sequences = calibration.train[: config.num_samples]
+        self.heads = (head(model), head(teacher))
+        self.loss = DistillationLoss(
+            config.loss, config.ambiguity, config.gamma, config.plain_weight
+        )
+        _checkpoint_blocks(model)
+        self.layers = make_trainable(model, student, teacher if config.train == "weights" else None)
+        self.optimizer = RelativeAdamW(self.layers, config.latent_lr, config.scale_lr)
+        self.curve: list[dict[str, float]] = []
+        self.best: dict[str, float] = {}
+        self.worse = 0
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def train(self) -> Metrics:
+        """Run all steps, from the last checkpoint if there is one."""
+        config = self.config
+        first = self._resume()
+        tokens = config.batch_size * config.gradient_accumulation * self.sequences.shape[1]
+        with self.ctx.progress.task("distill", config.steps * tokens, first * tokens, "tokens") as task:
+            if first == 0:
+                self._measure(0)
+            for step in range(first, config.steps):
+                entry = self._step(step, task)
+                self.curve.append(entry)
+                done = step + 1
+                if done % config.eval_every == 0 or done == config.steps:
+                    self._measure(done)
+                if done % config.save_every == 0:
+                    self._save(done)
+                if config.patience and self.worse >= config.patience:
+                    self.ctx.progress.note(f"no better for {self.worse} measurements: stopped early")
+                    break
+        start = next((e["held_out"] for e in self.curve if e["step"] == 0), math.nan)
+        return {
+            "steps": self.curve[-1]["step"],
+            "best_step": self.best.get("step", self.curve[-1]["step"]),
+            "held_out_loss_start": start if math.isfinite(start) else None,
+            "held_out_loss": self.best.get("held_out"),
+            "training_loss": self.curve[-1].get("loss"),
+        }
+
+    def _step(self, step: int, task: Task) -> dict[str, float]:
+        config = self.config
+        parts = config.gradient_accumulation
+        loss = plain = 0.0
+        for number in range(parts):
+            batch = self.sequences[self._chosen(step * parts + number)].to(self.ctx.device)
+            hidden, outcome = self._forward(batch)
+            loss += float(outcome.loss) / parts
+            plain += float(outcome.plain) / parts
+            if not math.isfinite(loss):
+                raise StageFailedError(
+                    f"distill: the loss is {loss} at step {step + 1}",
+                    "lower --scale-lr and --latent-lr, or use --compute-dtype float32",
+                )
+            hidden.backward(outcome.gradient / parts)  # type: ignore[no-untyped-call]
+            task.advance(batch.numel(), loss=loss)
+        norm = float(clip_grad_norm_(self.optimizer.parameters(), config.clip))
+        self.optimizer.step(schedule_factor(step, config.steps, config.warmup_steps))
+        return {"step": step + 1, "loss": loss, "plain_loss": plain, "gradient_norm": norm}
+
+    def _chosen(self, number: int) -> Tensor:
+        """The sequences of batch `number`: a fresh order every epoch, from the seed alone."""
+        samples, size = len(self.sequences), self.config.batch_size
+        positions = range(number * size, (number + 1) * size)
+        return torch.tensor([int(self._order(p // samples)[p % samples]) for p in positions])
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
+        return torch.randperm(len(self.sequences), generator=generator)
+
+    def _autocast(self) -> torch.autocast:
+        kind = torch.device(self.ctx.device).type
+        enabled = self.config.compute_dtype == "bfloat16"
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
+
+    def _forward(self, batch: Tensor) -> tuple[Tensor, LossAndGradient]:
+        """The student's hidden states and the loss with its gradient to them."""
+        with torch.no_grad():
+            target = final_hidden(self.teacher, batch) if self.config.loss != "ce" else torch.empty(0)
+        with self._autocast():
+            hidden = final_hidden(self.model, batch)
+            outcome = distillation_loss(self.loss, hidden, target, batch, self.heads)
+        return hidden, outcome
+
+    # -- measuring and keeping the best -------------------------------------------------------------
+
+    @torch.no_grad()
+    def _measure(self, step: int) -> None:
+        """The unweighted loss on the held-out part; the best state is kept in scratch."""
+        if not len(self.calibration.held_out):
+            return
+        losses = []
+        for batch in self.calibration.held_out.split(self.config.batch_size):
+            _, outcome = self._forward(batch.to(self.ctx.device))
+            losses.append(float(outcome.plain) * len(batch))
+        value = math.fsum(losses) / len(self.calibration.held_out)
+        if step == 0:
+            self.curve.append({"step": 0, "held_out": value})
+        else:
+            self.curve[-1]["held_out"] = value
+        self.ctx.progress.note(f"step {step}: held-out loss {value:.4f}")
+        if not self.best or value < self.best["held_out"]:
+            self.best, self.worse = {"step": step, "held_out": value}, 0
+            save_checkpoint(self.ctx.scratch, "best", step, self._weights(), dict(self.best))
+        else:
+            self.worse += 1
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {n: t for n, t in self.optimizer.state_tensors().items() if ":" not in n}
+
+    def best_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
+        """Every layer as it was at the best measurement; without a held-out part, as it is."""
+        kept = last_checkpoint(self.ctx.scratch, "best")
+        if kept is not None:
+            weights = kept[0]
+            with torch.no_grad():
+                for name, layer in self.layers.items():
+                    layer.alpha.copy_(weights[f"{name}.alpha"])
+                    if isinstance(layer, LatentLinear):
+                        layer.latent.copy_(weights[f"{name}.latent"])
+        for name, layer in self.layers.items():
+            keeps = self.config.keep_latents and isinstance(layer, LatentLinear)
+            yield name, layer.quantize(), cast(LatentLinear, layer).latent if keeps else None
+
+    # -- resuming -----------------------------------------------------------------------------------
+
+    def _save(self, step: int) -> None:
+        state: dict[str, Any] = {
+            "step": step,
+            "curve": self.curve,
+            "best": self.best,
+            "worse": self.worse,
+        }
+        tensors = self.optimizer.state_tensors()
+        save_checkpoint(self.ctx.scratch, "checkpoint", step, tensors, state)
+
+    def _resume(self) -> int:
+        found = last_checkpoint(self.ctx.scratch, "checkpoint")
+        if found is None:
+            return 0
+        tensors, state = found
+        self.optimizer.load_state_tensors(tensors)
+        self.curve = cast("list[dict[str, float]]", state["curve"])
+        self.best = cast("dict[str, float]", state["best"])
+        self.worse = cast(int, state["worse"])
+        return cast(int, state["step"])
+
+
+def _checkpoint_blocks(model: nn.Module) -> None:
+    """Recompute each block in backward instead of keeping its activations and dense weights."""
+    for block in find_blocks(model).modules:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]

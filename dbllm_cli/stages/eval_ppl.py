@@ -1,0 +1,165 @@
+"""eval-ppl: perplexity by a named protocol, with the loss of every window."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dbllm_cli.configs import EvalPplConfig
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
+from dbllm_cli.llm.packed import write_json
+from dbllm_cli.llm.perplexity import (
+    Window,
+    full_windows,
+    perplexity_of,
+    strided_windows,
+    window_losses,
+)
+from dbllm_cli.llm.text import (
+    DOCUMENT_GAP,
+    TextSource,
+    tokenize,
+    tokenizer_digest,
+    tokens_digest,
+    wikitext_rows,
+    windows,
+)
+from dbllm_cli.stages.comparison import WINDOWS, ratio_standard_error
+from dbllm_cli.stages.sequences import open_calibration
+from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.store import Artifact
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """What is scored: `settings` and the token digest say whether two results may be compared."""
+
+    what: str
+    settings: dict[str, object]
+    windows: list[Window]
+
+
+def run(config: EvalPplConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+    """Make the eval artifact: windows.json beside the metrics.
+
+    Raises:
+        ConfigError: no text given, or too little for one window.
+    """
+    model = inputs["model"]
+    outside = model.kind == "model"
+    folder = model_folder(model, ctx.work, ctx.trust_remote_code) if outside else model.path
+    tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
+    protocol = _protocol(config, inputs, tokenizer)
+    dtype = getattr(torch, config.compute_dtype)
+    loaded = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
+    with ctx.progress.task("eval-ppl", len(protocol.windows), unit="windows") as task:
+        losses = window_losses(loaded, protocol.windows, config.batch_size, task)
+    tokens = [window.scored for window in protocol.windows]
+    if not all(math.isfinite(loss) for loss in losses):
+        raise ConfigError(
+            f"{folder} gives losses that are not finite", "evaluate with --compute-dtype float32"
+        )
+    write_json(ctx.out / WINDOWS, {"losses": losses, "tokens": tokens})
+    return _metrics(model.kind, protocol, losses, tokens, tokenizer)
+
+
+def _metrics(
+    evaluated: str,
+    protocol: _Protocol,
+    losses: list[float],
+    tokens: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Metrics:
+    data = tokens_digest(torch.cat([window.ids for window in protocol.windows]))
+    identity = {**protocol.settings, "tokens": data, "tokenizer": tokenizer_digest(tokenizer)}
+    perplexity = perplexity_of(losses, tokens)
+    return {
+        "evaluated": evaluated,
+        "what": protocol.what,
+        "perplexity": perplexity if math.isfinite(perplexity) else None,
+        "mean_loss": math.fsum(losses) / sum(tokens),
+        "standard_error": ratio_standard_error(tuple(losses), tuple(tokens)),
+        "windows": len(losses),
+        "scored_tokens": sum(tokens),
+        "data_digest": data,
+        "tokenizer_digest": identity["tokenizer"],
+        "protocol": protocol.settings,
+        "comparable": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def _protocol(
+    config: EvalPplConfig, inputs: Mapping[str, Artifact], tokenizer: PreTrainedTokenizerBase
+) -> _Protocol:
+    if config.text is None and config.dataset is None:
+        return _held_out(config, inputs)
+    name = (config.text or config.dataset or "").rstrip("/").rpartition("/")[2]
+    stream = _stream(config, tokenizer)
+    length = config.sequence_length
+    if config.protocol == "strided":
+        cut = strided_windows(stream, length, config.stride) if len(stream) > 1 else []
+    else:
+        cut = full_windows(windows(stream, length))
+    if not cut:
+        raise ConfigError(
+            f"{name} has {len(stream)} tokens: too short for one window of {length}",
+            "give more text, or a smaller --sequence-length",
+        )
+    settings = {
+        "name": config.protocol,
+        "reading": None if config.protocol == "documents" else config.reading,
+        "sequence_length": length,
+        "stride": config.stride if config.protocol == "strided" else None,
+        "max_windows": config.max_windows,
+        "compute_dtype": config.compute_dtype,
+    }
+    cut = cut[: config.max_windows]
+    part = f" {config.documents}" if config.documents else ""
+    what = f"{name}{part}, {config.protocol}, {len(cut)} windows of {length}"
+    return _Protocol(what, settings, cut)
+
+
+def _held_out(config: EvalPplConfig, inputs: Mapping[str, Artifact]) -> _Protocol:
+    if "calibration" not in inputs:
+        raise ConfigError(
+            "eval-ppl got no text, no dataset and no calibration to read",
+            "add --text FILE, or give a calibration artifact",
+        )
+    sequences = open_calibration(inputs["calibration"]).held_out[: config.max_windows]
+    if not len(sequences):
+        raise ConfigError(
+            f"{inputs['calibration'].path} has no held-out part",
+            "calibrate with --held-out 8, or add --text FILE",
+        )
+    settings: dict[str, object] = {"name": "held-out", "compute_dtype": config.compute_dtype}
+    what = f"held-out part of the calibration, {len(sequences)} windows of {sequences.shape[1]}"
+    return _Protocol(what, settings, full_windows(sequences))
+
+
+def _stream(config: EvalPplConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    source = TextSource(
+        config.text,
+        config.dataset,
+        config.revision,
+        config.split,
+        config.text_field,
+        config.documents,
+        config.separator,
+    )
+    if config.protocol == "documents":
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        stream: list[int] = []
+        for document in source.read():
+            stream += bos + tokenize(tokenizer, document, special=False)
+        return stream
+    if config.reading == "raw":
+        return tokenize(tokenizer, source.read_raw())
+    rows = source.read()
+    if len(rows) == 1:
+        rows = wikitext_rows(rows[0])
+    return tokenize(tokenizer, DOCUMENT_GAP.join(rows))

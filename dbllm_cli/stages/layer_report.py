@@ -1,0 +1,77 @@
+"""layers.json of an fdb artifact: error, zeros and bits of every quantized layer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.kernels import unpack_planes
+from dbllm_cli.llm.blocks import find_blocks, layer_shape, matrix_of
+from dbllm_cli.llm.models import LAYER_REPORT, empty_model, load_config
+from dbllm_cli.llm.packed import PackedFolder, write_json
+from dbllm_cli.llm.tensors import TensorFolder
+from dbllm_cli.stages.spec import Context, Metrics
+
+FIGURES = ("relative_error", "zeros_b1", "zeros_b2", "zeros_both", "bits_per_weight")
+
+
+def write_layer_report(teacher_folder: Path, means: Mapping[str, Tensor], ctx: Context) -> Metrics:
+    """Compare the fdb artifact in `ctx.out` with the teacher's weights and write layers.json.
+
+    Args:
+        teacher_folder: safetensors under module names.
+        means: layer name -> mean square of each input, which weighs the errors; equal when absent.
+        ctx: of the stage; a table goes to its progress.
+
+    Returns:
+        The figures over all layers, weighted by their size.
+    """
+    student, teacher = PackedFolder(ctx.out), TensorFolder(teacher_folder)
+    model = empty_model(load_config(teacher_folder, ctx.trust_remote_code), ctx.trust_remote_code)
+    quantized = set(student.layer_names())
+    report: dict[str, dict[str, float]] = {}
+    for name, module in find_blocks(model).linear_layers():
+        if name in quantized:
+            in_features, _ = layer_shape(module)
+            matrix = matrix_of(module, teacher.get(f"{name}.weight")).to(torch.float32)
+            report[name] = layer_figures(student.layer(name, in_features), matrix, means.get(name))
+    write_json(ctx.out / LAYER_REPORT, report)
+    rows = [(name, *(layer[figure] for figure in FIGURES)) for name, layer in report.items()]
+    ctx.progress.table("layers", ("layer", *(f.replace("_", " ") for f in FIGURES)), rows)
+    total = sum(layer["weights"] for layer in report.values())
+    summary: Metrics = {"layers": len(report), "weights": int(total)}
+    for figure in FIGURES:
+        mean = sum(layer[figure] * layer["weights"] for layer in report.values()) / total
+        summary[figure] = round(mean, 6)
+    return summary
+
+
+def layer_figures(
+    quantized: QuantizedMatrix, matrix: Tensor, importance: Tensor | None
+) -> dict[str, float]:
+    """What layers.json says of a layer.
+
+    Args:
+        quantized: planes and scales.
+        matrix: full-precision weights, float32 `[out, in]`.
+        importance: weight of each input `[in]`; equal when absent.
+    """
+    weights = torch.ones(matrix.shape[-1]) if importance is None else importance
+    error = ((quantized.dense() - matrix).square() * weights).sum()
+    b1, b2 = unpack_planes(quantized.weight, quantized.in_features, torch.uint8)
+    figures = {
+        "relative_error": error / (matrix.square() * weights).sum().clamp(min=1e-30),
+        "zeros_b1": (b1 == 0).float().mean(),
+        "zeros_b2": (b2 == 0).float().mean(),
+        "zeros_both": ((b1 | b2) == 0).float().mean(),
+        "bits_per_weight": stored_bits(quantized) / matrix.numel(),
+        "weights": matrix.numel(),
+    }
+    return {key: round(float(value), 6) for key, value in figures.items()}
+
+
+def stored_bits(quantized: QuantizedMatrix) -> int:
+    """Bits of a layer's planes and scales as stored, the padding of rows to whole bytes included."""
+    return quantized.weight.numel() * 8 + quantized.alpha.numel() * 16

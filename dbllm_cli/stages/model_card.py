@@ -1,0 +1,73 @@
+"""The README.md of a packed model: lineage, size and the figures of its evaluations."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from dbllm_cli.stages.comparison import EvalResult, comparable_groups
+from dbllm_cli.store import Artifact
+
+
+def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) -> str:
+    """The model card.
+
+    Args:
+        fdb: the artifact that was packed.
+        evals: eval artifacts to show; only results of one protocol and data share a table.
+        sizes: metrics of the pack.
+    """
+    lineage = fdb.manifest["lineage"]
+    bits = sizes["bits_per_quantized_weight"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [dbllm, 2-bit]",
+        "---",
+        f"# A model of {bits} bits per quantized weight",
+        "",
+        "Made by `dbllm` with the DB-LLM method (arXiv 2402.11960).",
+        "",
+        *_how_to_load(sizes["format"]),
+        "## Size",
+        "",
+        f"- {sizes['quantized_weights']:,} quantized weights at {bits} bits each, scales included",
+        f"- {sizes['weight_bytes']:,} bytes of tensors in all",
+        "",
+        "## Made by",
+        "",
+        "```json",
+        json.dumps(lineage, indent=2, sort_keys=True),
+        "```",
+        "",
+        *_perplexities(EvalResult.read(artifact) for artifact in evals),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _how_to_load(format_name: str) -> list[str]:
+    needed = ["import dbllm_cli.hf"] if format_name == "packed" else []
+    return [
+        "```python",
+        *needed,
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        "```",
+        "",
+    ]
+
+
+def _perplexities(results: Iterable[EvalResult]) -> list[str]:
+    lines: list[str] = []
+    for group in comparable_groups(results):
+        lines += [
+            f"## Perplexity: {group[0].what}",
+            "",
+            "| model | perplexity | standard error of ln |",
+            "|---|---|---|",
+        ]
+        for result in group:
+            error = f"{result.standard_error:.4f}"
+            lines.append(f"| {result.kind} `{result.model}` | {result.perplexity:.3f} | {error} |")
+        lines.append("")
+    return lines

@@ -1,0 +1,63 @@
+"""pack: planes and scales as a model folder that loads where people are, or a plain dense one."""
+
+import json
+from collections.abc import Mapping
+
+from dbllm_cli.configs import PackConfig
+from dbllm_cli.llm.models import LAYER_REPORT, copy_other_files
+from dbllm_cli.llm.packed import PackedFolder, dense_tensors, write_json
+from dbllm_cli.llm.tensors import ShardWriter
+from dbllm_cli.stages.model_card import model_card
+from dbllm_cli.stages.spec import Context, Metrics, members
+from dbllm_cli.store import Artifact
+
+
+def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+    """Make the packed artifact from an fdb artifact.
+
+    Raises:
+        ArtifactCorruptError: the fdb artifact is not whole.
+    """
+    fdb = inputs["fdb"]
+    student = PackedFolder(fdb.path)
+    copy_other_files(student.folder, ctx.out)
+    names = student.tensors.names()
+    total = 0
+    with (
+        ShardWriter(ctx.out, shard_bytes=config.shard_size * 1e9) as writer,
+        ctx.progress.task("pack", len(names), unit="tensors") as task,
+    ):
+        dense = config.format == "dense"
+        tensors = dense_tensors(student, ctx.trust_remote_code) if dense else student.tensors.items()
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+            total += tensor.numel() * tensor.element_size()
+            task.advance()
+    if dense:
+        _drop_quantization_config(ctx)
+    sizes = _sizes(student)
+    metrics: Metrics = {"format": config.format, "weight_bytes": total, **sizes}
+    card = model_card(fdb, members(inputs, "evals"), metrics)
+    (ctx.out / "README.md").write_text(card)
+    return metrics
+
+
+def _drop_quantization_config(ctx: Context) -> None:
+    path = ctx.out / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    write_json(path, config | {"dtype": "bfloat16"})
+
+
+def _sizes(student: PackedFolder) -> dict[str, float]:
+    """What the quantized layers take, planes and scales."""
+    planes = scales = 0
+    for name in student.layer_names():
+        planes += student.tensors.get(f"{name}.weight").numel() * 8
+        scales += student.tensors.get(f"{name}.alpha").numel() * 16
+    report = json.loads((student.folder / LAYER_REPORT).read_text())
+    weights = sum(int(layer["weights"]) for layer in report.values())
+    return {
+        "quantized_weights": weights,
+        "bits_per_quantized_weight": round((planes + scales) / weights, 6),
+    }

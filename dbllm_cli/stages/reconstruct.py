@@ -1,0 +1,234 @@
+"""reconstruct: block by block, the quantized block's output made to match the teacher's."""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dbllm_cli.configs import ReconstructConfig
+from dbllm_cli.errors import StageFailedError
+from dbllm_cli.fdb.linear import FdbLinear
+from dbllm_cli.fdb.losses import relative_token_error
+from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
+from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.fdb.training import LatentLinear
+from dbllm_cli.llm.blocks import layer_shape, matrix_of
+from dbllm_cli.llm.models import model_folder
+from dbllm_cli.llm.packed import PackedFolder, write_requantized
+from dbllm_cli.llm.streaming import StreamedModel
+from dbllm_cli.llm.tensors import TensorFolder, save_tensors
+from dbllm_cli.progress import Task
+from dbllm_cli.stages.layer_report import write_layer_report
+from dbllm_cli.stages.resuming import last_checkpoint, note_environment, save_checkpoint
+from dbllm_cli.stages.sequences import open_calibration, require_same_model
+from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.stages.trained_layers import latent_layer, replace_module
+from dbllm_cli.store import Artifact
+
+
+@dataclass
+class _Streams:
+    """Hidden states between blocks, float32 `[n, tokens, hidden]` on the CPU."""
+
+    teacher: Tensor
+    student: Tensor
+
+
+def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+    """Train the blocks in order and make the fdb artifact that results.
+
+    Raises:
+        ArtifactMissingError: student or calibration belong to another model.
+        StageFailedError: a loss is not finite.
+    """
+    require_same_model(inputs)
+    note_environment(ctx.scratch, ctx.progress)
+    folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
+    training = _BlockTraining(config, PackedFolder(inputs["student"].path), folder, ctx)
+    calibration = open_calibration(inputs["calibration"])
+    report = training.train_all(calibration.train[: config.num_samples])
+    write_requantized(training.student, ctx.out, training.finished_layers())
+    layers = write_layer_report(folder, calibration.input_mean_squares, ctx)
+    errors = [block["error_after"] for block in report]
+    ctx.progress.table(
+        "relative error of the block's output",
+        ("block", "before", "after"),
+        [(index, block["error_before"], block["error_after"]) for index, block in enumerate(report)],
+    )
+    return {**layers, "blocks": report, "mean_error": round(math.fsum(errors) / len(errors), 6)}
+
+
+class _BlockTraining:
+    """The walk over the blocks: two streams of hidden states, one block in memory."""
+
+    def __init__(
+        self, config: ReconstructConfig, student: PackedFolder, folder: Any, ctx: Context
+    ) -> None:
+        self.config, self.student, self.ctx = config, student, ctx
+        self.model = StreamedModel(folder, ctx.device, ctx.trust_remote_code)
+        self.quantized_names = set(student.layer_names())
+        self._shapes: dict[str, int] = {}
+
+    def train_all(self, sequences: Tensor) -> list[dict[str, float]]:
+        """Train every block that is not yet finished; errors before and after of each block."""
+        entering = self.model.enter(sequences, self.config.batch_size)
+        checkpoint = last_checkpoint(self.ctx.scratch, "streams")
+        report: list[dict[str, float]] = []
+        streams = _Streams(entering, entering)
+        if checkpoint is not None:
+            tensors, state = checkpoint
+            streams = _Streams(tensors["teacher"], tensors["student"])
+            report = cast("list[dict[str, float]]", state["report"])
+        blocks = len(self.model.blocks)
+        per_block = self.steps(len(sequences)) * self.config.batch_size + 2 * len(sequences)
+        with self.ctx.progress.task(
+            "reconstruct", blocks * per_block, len(report) * per_block, "sequences"
+        ) as task:
+            for index in range(len(report), blocks):
+                report.append(self._train_block(index, streams, task))
+                tensors = {"teacher": streams.teacher, "student": streams.student}
+                save_checkpoint(self.ctx.scratch, "streams", index, tensors, {"report": report})
+        return report
+
+    def steps(self, samples: int) -> int:
+        """Optimizer steps of one block."""
+        return math.ceil(samples / self.config.batch_size) * self.config.passes
+
+    def _autocast(self) -> torch.autocast:
+        kind = torch.device(self.ctx.device).type
+        enabled = self.config.compute_dtype == "bfloat16"
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
+
+    def _train_block(self, index: int, streams: _Streams, task: Task) -> dict[str, float]:
+        """Train one block; the streams move on to its outputs."""
+        batch_size = self.config.batch_size
+        teacher = self.model.load_block(index)
+        with self._autocast():
+            targets = self.model.run_all(index, teacher, streams.teacher, batch_size, task.advance)
+        block, layers = self._student_block(index, teacher)
+        before = self._optimize(index, block, layers, streams.student, targets, task)
+        quantized = {name: layer.quantize() for name, layer in layers.items()}
+        for name, layer in layers.items():
+            replace_module(block, name, packed_layer(quantized[name], layer.bias))
+        with self._autocast():
+            output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
+        after = _mean_error(output, targets, batch_size)
+        self._save_block(index, quantized, layers)
+        self.model.drop_block(index)
+        streams.teacher, streams.student = targets, output
+        return {"error_before": round(before, 6), "error_after": round(after, 6)}
+
+    def _student_block(
+        self, index: int, teacher: nn.Module
+    ) -> tuple[nn.Module, dict[str, LatentLinear]]:
+        """A copy of the block with layers that train, and its other tensors as the student has them."""
+        prefix = self.model.blocks.name(index)
+        block = copy.deepcopy(teacher)
+        layers: dict[str, LatentLinear] = {}
+        for name, module in list(teacher.named_modules()):
+            full = f"{prefix}.{name}"
+            if full not in self.quantized_names:
+                continue
+            in_features, _ = layer_shape(module)
+            weight = cast(Tensor, module.weight)
+            bias = cast("Tensor | None", getattr(module, "bias", None))
+            quantized = self.student.layer(full, in_features)
+            matrix = matrix_of(module, weight)
+            layers[name] = latent_layer(self.student, full, quantized, matrix, bias)
+            replace_module(block, name, layers[name])
+        for name, parameter in block.named_parameters():
+            if f"{prefix}.{name}" in self.student.tensors:
+                parameter.data.copy_(self.student.tensors.get(f"{prefix}.{name}"))
+        return block, layers
+
+    def _batches(self, index: int, samples: int) -> Iterator[Tensor]:
+        """Indices of the sequences of each step, drawn from seed, block and pass alone."""
+        for number in range(self.config.passes):
+            seed = (self.config.seed * 100_003 + index) * 1_009 + number
+            order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+            # The short batch stays short: only batch sizes that `enter` met can run.
+            yield from order.split(self.config.batch_size)
+
+    def _optimize(
+        self,
+        index: int,
+        block: nn.Module,
+        layers: Mapping[str, LatentLinear],
+        entering: Tensor,
+        targets: Tensor,
+        task: Task,
+    ) -> float:
+        """Train the layers; returns the loss of the first step."""
+        if not layers:
+            return 0.0
+        optimizer = RelativeAdamW(layers, self.config.latent_lr, self.config.scale_lr)
+        total, device = self.steps(len(entering)), self.ctx.device
+        first = 0.0
+        for step, chosen in enumerate(self._batches(index, len(entering))):
+            with self._autocast():
+                output = self.model.run_block(index, block, entering[chosen].to(device))
+            loss = relative_token_error(output, targets[chosen].to(device))
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise StageFailedError(
+                    f"reconstruct: the loss of block {index} is {value} at step {step}",
+                    "lower --latent-lr, or use --compute-dtype float32",
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step(schedule_factor(step, total, self.config.warmup_steps))
+            first = value if step == 0 else first
+            task.advance(len(chosen), block=index, loss=value)
+        return first
+
+    def _save_block(
+        self,
+        index: int,
+        quantized: Mapping[str, QuantizedMatrix],
+        layers: Mapping[str, LatentLinear],
+    ) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, matrix in quantized.items():
+            tensors[f"{name}.weight"], tensors[f"{name}.alpha"] = matrix.weight, matrix.alpha
+            tensors[f"{name}.latent"] = layers[name].latent
+        path = self.ctx.scratch / f"block-{index}.safetensors"
+        save_tensors(tensors, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+
+    def finished_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
+        """Every trained layer, read back from scratch, with its latent weights if they are kept."""
+        for index in range(len(self.model.blocks)):
+            tensors = TensorFolder(self.ctx.scratch, f"block-{index}")
+            for key in tensors.names():
+                if not key.endswith(".latent"):
+                    continue
+                name, latent = key.removesuffix(".latent"), tensors.get(key)
+                quantized = QuantizedMatrix(
+                    tensors.get(f"{name}.weight"),
+                    tensors.get(f"{name}.alpha"),
+                    latent.shape[1],
+                    self.student.group_size,
+                )
+                full = f"{self.model.blocks.name(index)}.{name}"
+                yield full, quantized, latent if self.config.keep_latents else None
+
+
+def packed_layer(quantized: QuantizedMatrix, bias: Tensor | None) -> FdbLinear:
+    """A packed layer with these planes and scales."""
+    _, out_features, _ = quantized.weight.shape
+    layer = FdbLinear(
+        quantized.in_features, out_features, quantized.group_size, bias is not None, torch.float32
+    )
+    layer.weight, layer.alpha = quantized.weight, quantized.alpha
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _mean_error(output: Tensor, targets: Tensor, batch_size: int) -> float:
+    parts = zip(output.split(batch_size), targets.split(batch_size), strict=True)
+    errors = [float(relative_token_error(o, t)) * len(o) for o, t in parts]
+    return math.fsum(errors) / len(output)

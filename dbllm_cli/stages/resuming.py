@@ -1,0 +1,63 @@
+"""What a stage leaves in its scratch so that a killed run goes on."""
+
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbllm_cli.llm.tensors import TensorFolder, save_tensors
+from dbllm_cli.progress import Progress
+
+
+def note_environment(scratch: Path, progress: Progress) -> None:
+    """Record where a run was begun, and say so when it goes on elsewhere: its bytes may differ."""
+    here = {
+        "processor": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    path = scratch / "environment.json"
+    if path.is_file():
+        begun = json.loads(path.read_text())
+        changed = [f"{name} {begun.get(name)} -> {here[name]}" for name in here if begun.get(name) != here[name]]
+        if changed:
+            progress.note(f"resuming under another {', '.join(changed)}: the result is inexact")
+    else:
+        path.write_text(json.dumps(here))
+
+
+def save_checkpoint(
+    scratch: Path, name: str, number: int, tensors: dict[str, Tensor], state: dict[str, object]
+) -> None:
+    """Write checkpoint `<name>-<number>`, whole or not at all, and drop the older ones."""
+    folder = scratch / f"{name}-{number}"
+    staging = scratch / f".{name}-{number}.{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    save_tensors(tensors, staging / "model.safetensors")
+    (staging / "state.json").write_text(json.dumps(state))
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    for other in _checkpoints(scratch, name):
+        if other != number:
+            shutil.rmtree(scratch / f"{name}-{other}", ignore_errors=True)
+
+
+def last_checkpoint(scratch: Path, name: str) -> tuple[dict[str, Tensor], dict[str, object]] | None:
+    """The newest checkpoint's tensors and state."""
+    numbers = _checkpoints(scratch, name)
+    if not numbers:
+        return None
+    folder = scratch / f"{name}-{max(numbers)}"
+    state: dict[str, object] = json.loads((folder / "state.json").read_text())
+    return dict(TensorFolder(folder).items()), state
+
+
+def _checkpoints(scratch: Path, name: str) -> list[int]:
+    endings = (path.name.removeprefix(f"{name}-") for path in scratch.glob(f"{name}-*"))
+    return sorted(int(ending) for ending in endings if ending.isdigit())

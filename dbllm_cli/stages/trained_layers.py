@@ -1,0 +1,77 @@
+"""The layers that the two training stages train, put in place of a block's linear layers."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from dbllm_cli.fdb.linear import FdbLinear
+from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.fdb.training import LatentLinear, ScaleLinear, TrainableLinear
+from dbllm_cli.llm.blocks import matrix_of
+from dbllm_cli.llm.packed import PackedFolder
+
+
+def latent_layer(
+    student: PackedFolder, name: str, quantized: QuantizedMatrix, teacher: Tensor, bias: Tensor | None
+) -> LatentLinear:
+    """A layer that trains latent weights and scales.
+
+    Args:
+        student: the fdb artifact.
+        name: the layer.
+        quantized: its planes and scales.
+        teacher: its full-precision matrix `[out, in]`.
+        bias: its bias, or None.
+    """
+    device = teacher.device
+    on_device = QuantizedMatrix(
+        quantized.weight.to(device),
+        quantized.alpha.to(device),
+        quantized.in_features,
+        quantized.group_size,
+    )
+    latent = student.latent(name, on_device, teacher)
+    return LatentLinear(on_device, latent.to(device), bias)
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name` under `root`."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, FdbLinear]]:
+    """Name and module of every packed layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, FdbLinear):
+            yield name, module
+
+
+def make_trainable(
+    model: nn.Module,
+    student: PackedFolder,
+    teacher: nn.Module | None,
+) -> Mapping[str, TrainableLinear]:
+    """Replace every packed layer of a model by one that trains.
+
+    Args:
+        model: a loaded fdb artifact, changed in place.
+        student: the artifact it was loaded from.
+        teacher: the full-precision model, to train latent weights; None trains scales alone.
+
+    Returns:
+        Name -> layer.
+    """
+    layers: dict[str, TrainableLinear] = {}
+    for name, packed in list(packed_layers(model)):
+        bias = packed.bias
+        if teacher is None:
+            layers[name] = ScaleLinear(packed.quantized, bias)
+        else:
+            original = teacher.get_submodule(name)
+            weight = original.weight
+            assert isinstance(weight, Tensor)
+            matrix = matrix_of(original, weight.detach())
+            layers[name] = latent_layer(student, name, packed.quantized, matrix, bias)
+        replace_module(model, name, layers[name])
+    return layers

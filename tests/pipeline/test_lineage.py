@@ -1,0 +1,56 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dbllm_cli.configs import StageConfig
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.pipeline.lineage import key_of, keyed_config, lineage_of
+from dbllm_cli.stages.spec import StageSpec
+from dbllm_cli.store import Artifact, Store
+
+Stages = dict[str, StageSpec]
+
+
+def config(stages: Stages, stage: str, **settings: Any) -> StageConfig:
+    return stages[stage].config(**settings)
+
+
+def test_the_lineage_holds_every_default(stages: Stages, store: Store, model: Artifact) -> None:
+    spec = stages["gather"]
+    assert lineage_of(spec, config(stages, "gather"), {"model": model}, store) == {
+        "stage": "gather",
+        "stage_version": 1,
+        "config": {"letters": 3, "mode": "fast", "text": None},
+        "inputs": {"model": model.digest},
+    }
+
+
+def test_a_setting_marked_as_no_part_of_the_key_changes_no_key(
+    stages: Stages, store: Store
+) -> None:
+    keys = {
+        key_of(stages["train"], config(stages, "train", **settings), {}, store)
+        for settings in ({}, {"save_every": 9}, {"steps": 10}, {"steps": 11})
+    }
+    assert len(keys) == 2
+
+
+def test_a_named_file_counts_by_its_bytes_not_its_path(
+    stages: Stages, store: Store, tmp_path: Path
+) -> None:
+    def keyed(name: str, text: str) -> dict[str, Any]:
+        (tmp_path / name).write_text(text)
+        return keyed_config(config(stages, "gather", text=str(tmp_path / name)), store)
+
+    first = keyed("a.txt", "words")
+    assert str(tmp_path) not in str(first)
+    assert keyed("b.txt", "words") == first
+    assert keyed("c.txt", "other") != first
+    assert keyed("d.jsonl", "words") != first
+
+
+def test_a_missing_text_file_is_told(stages: Stages, store: Store, tmp_path: Path) -> None:
+    missing = tmp_path / "no.txt"
+    with pytest.raises(ConfigError, match=rf"text: {missing} can't be read: no such file"):
+        keyed_config(config(stages, "gather", text=str(missing)), store)

@@ -1,0 +1,1 @@
+"""dbllm: 2-bit language models by the DB-LLM method."""

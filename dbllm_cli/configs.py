@@ -2,7 +2,7 @@
 
 The YAML file, the command line options, the manifest and the JSON schema are all made from these.
 A field's `json_schema_extra` may say `{"file": True}` (a local file or folder that enters the key
-by its bytes, not its path) or `{"key": False}` (does not change the result, so is left out of the key).
+by its bytes, not its path) or `{"key": False}` (does not change the result: not in the key).
 """
 
 from typing import Annotated, Literal
@@ -28,10 +28,14 @@ class TextConfig(StageConfig):
     text: InputFile | None = Field(
         None, description="text, JSONL or parquet file, or a folder of them"
     )
-    dataset: str | None = Field(None, description="name of a dataset on the hub, NAME or NAME:CONFIG")
+    dataset: str | None = Field(
+        None, description="name of a dataset on the hub, NAME or NAME:CONFIG"
+    )
     revision: str | None = Field(None, description="commit of the dataset; required with dataset")
     split: str = Field("train", description="split of the dataset")
-    text_field: str = Field("text", description="column of JSONL, parquet and datasets with the text")
+    text_field: str = Field(
+        "text", description="column of JSONL, parquet and datasets with the text"
+    )
     documents: str | None = Field(
         None, pattern=r"^\d*:\d*$", description="range START:STOP of the documents to read"
     )
@@ -44,7 +48,9 @@ class TextConfig(StageConfig):
         if self.text is not None and self.dataset is not None:
             raise ValueError("give text or dataset, not both")
         if self.dataset is not None and self.revision is None:
-            raise ValueError("a dataset needs a revision (its commit), so that the run can be repeated")
+            raise ValueError(
+                "a dataset needs a revision (its commit), so that the run can be repeated"
+            )
         return self
 
 
@@ -52,11 +58,14 @@ class CalibrateConfig(TextConfig):
     """Settings of `calibrate`."""
 
     source: Literal["generate", "text"] = Field(
-        "generate", description="generate: the teacher writes the text itself; text: from text or dataset"
+        "generate",
+        description="generate: the teacher writes the text itself; text: from text or dataset",
     )
     num_samples: int = Field(128, gt=0, description="number of training sequences")
     sequence_length: int = Field(512, gt=1, description="tokens per sequence")
-    held_out: int = Field(8, ge=0, description="further sequences kept for evaluation, never trained on")
+    held_out: int = Field(
+        8, ge=0, description="further sequences kept for evaluation, never trained on"
+    )
     batch_size: int = Field(32, gt=0, description="sequences generated or run at once")
     temperature: float = Field(1.0, gt=0, description="sampling temperature of generated text")
     top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens; 0: among all")
@@ -70,7 +79,9 @@ class CalibrateConfig(TextConfig):
         if self.source == "text" and not named:
             raise ValueError("source text needs text (a file or folder) or dataset (a name)")
         if self.source == "generate" and named:
-            raise ValueError("source generate reads no text: set source to text, or drop text and dataset")
+            raise ValueError(
+                "source generate reads no text: set source to text, or drop text and dataset"
+            )
         return self
 
 
@@ -79,14 +90,16 @@ class InitFdbConfig(StageConfig):
 
     method: Literal["als", "mse", "paper"] = Field(
         "als",
-        description="als: alternating least squares weighted by the calibration; mse: best step per "
+        description="als: least squares weighted by the calibration; mse: best step per "
         "group; paper: max|w|/2",
     )
     group_size: int = Field(64, gt=0, multiple_of=8, description="inputs that share two scales")
     include: tuple[str, ...] = Field(
         ("*",), description="shell wildcards on module names: linear layers to quantize"
     )
-    exclude: tuple[str, ...] = Field((), description="shell wildcards on module names to leave alone")
+    exclude: tuple[str, ...] = Field(
+        (), description="shell wildcards on module names to leave alone"
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="dtype of the tensors that are not quantized"
     )
@@ -154,7 +167,8 @@ class PackConfig(StageConfig):
     """Settings of `pack`."""
 
     format: Literal["packed", "dense"] = Field(
-        "packed", description="packed: planes and scales; dense: plain bfloat16 weights for other tools"
+        "packed",
+        description="packed: planes and scales; dense: plain bfloat16 weights for other tools",
     )
     shard_size: float = Field(5.0, gt=0, description="largest shard, in 10^9 bytes")
 

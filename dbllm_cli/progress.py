@@ -36,9 +36,7 @@ class SilentProgress:
     """Reports nothing."""
 
     @contextmanager
-    def task(
-        self, label: str, total: int, done: int = 0, unit: str = "steps"
-    ) -> Iterator[Task]:
+    def task(self, label: str, total: int, done: int = 0, unit: str = "steps") -> Iterator[Task]:
         """See `Progress.task`."""
         del label, total, done, unit
         yield _SilentTask()

@@ -17,7 +17,8 @@ def to_groups(matrix: Tensor, group_size: int) -> Tensor:
     missing = groups * group_size - matrix.shape[-1]
     if missing:
         matrix = pad(matrix, (0, missing))
-    return matrix.unflatten(-1, (groups, group_size))
+    grouped: Tensor = matrix.unflatten(-1, (groups, group_size))
+    return grouped
 
 
 def from_groups(grouped: Tensor, in_features: int) -> Tensor:

@@ -1,9 +1,9 @@
 """The four levels of a group and the choice among them (DB-LLM, Flexible Dual Binarization).
 
-Each weight is `alpha1·b1 + alpha2·b2` with `b1, b2` in {0, 1} and `alpha2 <= 0 <= alpha1`: the levels
-are alpha2, 0, alpha1 + alpha2 and alpha1. The middle two swap places with the sign of
+Each weight is `alpha1·b1 + alpha2·b2` with `b1, b2` in {0, 1} and `alpha2 <= 0 <= alpha1`: its
+levels are alpha2, 0, alpha1 + alpha2 and alpha1. The middle two swap places with the sign of
 alpha1 + alpha2, the group's orientation. The paper's rule `b1 = H(w − (alpha1+alpha2)/2)`,
-`b2 = H(−(w − alpha1·b1 − alpha2/2))` is the nearest level where that sum is positive, ties included:
+`b2 = H(−(w − alpha1·b1 − alpha2/2))` is the nearest level where that sum is positive, ties too:
 the middle tie goes up, the outer ties go down.
 """
 
@@ -72,7 +72,7 @@ def assign_planes(grouped: Tensor, alpha1: Tensor, alpha2: Tensor) -> tuple[Tens
         alpha2: `[..., 1]`, not positive.
 
     Returns:
-        b1 and b2, bool, the shape of `grouped`. A group whose scales are both zero has empty planes.
+        b1 and b2, bool, the shape of `grouped`. A group without scales has empty planes.
     """
     first, second, third = sorted_levels(alpha1, alpha2).borders
     above_first, above_second, above_third = grouped > first, grouped >= second, grouped > third
@@ -98,7 +98,9 @@ def straight_through_mask(grouped: Tensor, levels: Levels) -> Tensor:
     return (grouped >= below) & (grouped <= above)
 
 
-def clamp_to_cells(grouped: Tensor, b1: Tensor, b2: Tensor, alpha1: Tensor, alpha2: Tensor) -> Tensor:
+def clamp_to_cells(
+    grouped: Tensor, b1: Tensor, b2: Tensor, alpha1: Tensor, alpha2: Tensor
+) -> Tensor:
     """The weight nearest to each given one that still has the planes b1, b2.
 
     So training can start from a full-precision weight without changing a stored plane. The borders

@@ -34,7 +34,9 @@ class FdbLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
-        planes = torch.empty(2, out_features, -(-in_features // 8), dtype=torch.uint8, device=device)
+        planes = torch.empty(
+            2, out_features, -(-in_features // 8), dtype=torch.uint8, device=device
+        )
         groups = group_count(in_features, group_size)
         scales = torch.empty(2, out_features, groups, dtype=torch.float16, device=device)
         self.register_buffer("weight", planes)
@@ -50,11 +52,12 @@ class FdbLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` to `[..., out]`, in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return fdb_linear(x, self.weight, self.alpha, bias, self.group_size)
+        product: Tensor = fdb_linear(x, self.weight, self.alpha, bias, self.group_size)
+        return product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         stored = self.alpha
-        super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         if self.alpha.dtype != stored.dtype:
             self.alpha = stored.to(self.alpha.device)
         return self

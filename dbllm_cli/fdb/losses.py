@@ -1,9 +1,9 @@
 """The losses: relative block error for reconstruct; KD, DAD and next-token for distill.
 
-The distillation losses work token by token on chunks of the final hidden states, so that the float32
-logits of a whole batch never exist at once. Their gradient to a token's hidden state is scaled by that
-token's weight afterwards, so one pass over the logits is enough although the weights of a sequence
-depend on all its tokens.
+The distillation losses work token by token on chunks of the final hidden states, so that the
+float32 logits of a whole batch never exist at once. Their gradient to a token's hidden state is
+scaled by that token's weight afterwards, so one pass over the logits is enough although the weights
+of a sequence depend on all its tokens.
 """
 
 from collections.abc import Callable
@@ -44,8 +44,8 @@ class DistillationLoss:
 
     Attributes:
         kind: `kd`, cross-entropy to the teacher's distribution; `dad`, the same weighted per token
-            by ambiguity^gamma (Deviation-Aware Distillation; the paper's formula is not public, this
-            form is ours); `ce`, cross-entropy to the next token.
+            by ambiguity^gamma (Deviation-Aware Distillation; the paper's formula is not public,
+            this form is ours); `ce`, cross-entropy to the next token.
         ambiguity: `teacher` or `student` entropy, their `product`, or the `cross`-entropy.
         gamma: exponent; 0 is plain distillation.
         plain_weight: weight of the plain term that dad adds.

@@ -17,4 +17,5 @@ def pack_planes(planes: Tensor) -> Tensor:
     missing = -planes.shape[-1] % 8
     padded = pad(planes.to(torch.uint8), (0, missing)).unflatten(-1, (-1, 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=planes.device)
-    return (padded << shifts).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (padded << shifts).sum(-1, dtype=torch.uint8)
+    return packed

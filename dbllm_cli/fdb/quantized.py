@@ -1,5 +1,6 @@
 """A quantized matrix, planes and scales, as every stage stores it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from dbllm_cli.fdb.groups import from_groups, to_groups
 from dbllm_cli.fdb.levels import assign_planes, project_signs
 from dbllm_cli.fdb.packing import pack_planes
-from dbllm_cli.kernels import dequantize
+from dbllm_cli.kernels import dequantize, unpack_planes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,55 @@ class QuantizedMatrix:
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized matrix `[out, in]`."""
         return dequantize(self.weight, self.alpha, self.in_features, self.group_size, dtype)
+
+
+@dataclass(frozen=True)
+class PlaneCounts:
+    """How often each code occurs: the basis of the paper's accounting (DB-LLM, section 4.3).
+
+    Attributes:
+        weights: weights counted.
+        ones_b1: ones in plane b1.
+        ones_b2: ones in plane b2.
+        ones_both: weights with ones in both planes.
+    """
+
+    weights: int
+    ones_b1: int
+    ones_b2: int
+    ones_both: int
+
+    def __add__(self, other: "PlaneCounts") -> "PlaneCounts":
+        return PlaneCounts(
+            self.weights + other.weights,
+            self.ones_b1 + other.ones_b1,
+            self.ones_b2 + other.ones_b2,
+            self.ones_both + other.ones_both,
+        )
+
+    @property
+    def additions_per_weight(self) -> float:
+        """Additions of activations per weight when the zeros of a plane are skipped."""
+        return (self.ones_b1 + self.ones_b2) / self.weights
+
+    @property
+    def level_entropy(self) -> float:
+        """Entropy of the level index, bits per weight: what an entropy coder could reach."""
+        only1, only2 = self.ones_b1 - self.ones_both, self.ones_b2 - self.ones_both
+        none = self.weights - only1 - only2 - self.ones_both
+        shares = [count / self.weights for count in (none, only1, only2, self.ones_both)]
+        return -sum(share * math.log2(share) for share in shares if share > 0)
+
+
+def count_planes(quantized: QuantizedMatrix) -> PlaneCounts:
+    """Count the codes of a layer."""
+    b1, b2 = unpack_planes(quantized.weight, quantized.in_features, torch.uint8).bool()
+    return PlaneCounts(b1.numel(), int(b1.sum()), int(b2.sum()), int((b1 & b2).sum()))
+
+
+def stored_bits(quantized: QuantizedMatrix) -> int:
+    """Bits of a layer as stored: planes, rows padded to whole bytes, and scales."""
+    return quantized.weight.numel() * 8 + quantized.alpha.numel() * 16
 
 
 def round_scales(alpha: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class _LatentWeight(torch.autograd.Function):
         return from_groups(alpha1 * b1 + alpha2 * b2, latent.shape[-1]).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         b1, b2, passes = ctx.saved_tensors
         to_latent = grad.to(torch.float32) * from_groups(passes, grad.shape[-1])
         return to_latent, _scale_gradients(grad, b1, b2, ctx.group_size), None, None
@@ -54,7 +54,12 @@ class _ScaledPlanes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, packed: Tensor, alpha: Tensor, in_features: int, group_size: int, dtype: torch.dtype
+        ctx: Any,
+        packed: Tensor,
+        alpha: Tensor,
+        in_features: int,
+        group_size: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.in_features, ctx.group_size = in_features, group_size
@@ -63,9 +68,7 @@ class _ScaledPlanes(torch.autograd.Function):
         return from_groups(alpha1 * b1 + alpha2 * b2, in_features).to(dtype)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor
-    ) -> tuple[None, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
         (packed,) = ctx.saved_tensors
         planes = unpack_planes(packed, ctx.in_features, torch.float32)
         b1, b2 = to_groups(planes, ctx.group_size)
@@ -73,7 +76,7 @@ class _ScaledPlanes(torch.autograd.Function):
 
 
 class TrainableLinear(nn.Module):
-    """Base of the two layers that train: scales `alpha` float32 `[2, out, groups]` and a frozen bias."""
+    """Base of both layers that train: `alpha` float32 `[2, out, groups]`, a frozen bias."""
 
     def __init__(self, quantized: QuantizedMatrix, bias: Tensor | None) -> None:
         super().__init__()

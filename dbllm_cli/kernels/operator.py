@@ -1,5 +1,7 @@
 """The operator `dbllm::fdb_linear`. Faster routes register for their device under the same name."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,20 +34,24 @@ def _fdb_linear_shape(
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
-def _keep_for_backward(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, alpha, bias, group_size = inputs
-    ctx.save_for_backward(weight, alpha)  # type: ignore[attr-defined]
-    ctx.group_size = group_size  # type: ignore[attr-defined]
-    ctx.in_features = x.shape[-1]  # type: ignore[attr-defined]
-    ctx.has_bias = bias is not None  # type: ignore[attr-defined]
+    ctx.save_for_backward(weight, alpha)
+    ctx.group_size = group_size
+    ctx.in_features = x.shape[-1]
+    ctx.has_bias = bias is not None
 
 
-def _gradient_to_inputs(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, alpha = ctx.saved_tensors  # type: ignore[attr-defined]
+def _gradient_to_inputs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, alpha = ctx.saved_tensors
     dense = dequantize(
-        weight, alpha, ctx.in_features, ctx.group_size, grad.dtype  # type: ignore[attr-defined]
+        weight,
+        alpha,
+        ctx.in_features,
+        ctx.group_size,
+        grad.dtype,
     )
-    bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None  # type: ignore[attr-defined]
+    bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
     return grad @ dense, None, None, bias, None
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
 
 def layer_shape(module: nn.Module) -> tuple[int, int]:
     """`(in_features, out_features)` of a linear layer."""
-    shape = module.weight.shape
+    shape = cast(Tensor, module.weight).shape
     first, second = int(shape[0]), int(shape[1])
     return (first, second) if isinstance(module, Conv1D) else (second, first)
 
@@ -65,7 +65,7 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         if not isinstance(module, nn.ModuleList):
             continue
         weights = sum(
-            part.weight.numel()
+            cast(Tensor, part.weight).numel()
             for part in module.modules()
             if is_linear(part) or isinstance(part, FdbLinear)
         )
@@ -171,7 +171,7 @@ def capture_calls(
     recorders = [_Recorder(returns_tuple) for _ in blocks.modules]
     try:
         for block, recorder in zip(blocks.modules, recorders, strict=True):
-            block.forward = recorder  # type: ignore[assignment]
+            block.forward = recorder
         model.base_model(input_ids=input_ids, use_cache=False)
     finally:
         for block in blocks.modules:

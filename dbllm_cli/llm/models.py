@@ -1,15 +1,15 @@
-"""Opening models: dense ones, packed ones, empty ones, and the import of what is not yet
-safetensors under module names."""
+"""Opening models, and importing what is not yet safetensors under module names."""
 
 import contextlib
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from accelerate import init_empty_weights
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +25,9 @@ from dbllm_cli.errors import ArtifactMissingError, ConfigError
 from dbllm_cli.llm.quantizer import register
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 from dbllm_cli.store import Artifact
+
+Model: TypeAlias = PreTrainedModel
+Tokenizer: TypeAlias = PreTrainedTokenizerBase
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt",
@@ -57,10 +60,19 @@ def model_folder(model: Artifact, work: Path, trust_remote_code: bool = False) -
         try:
             _import_model(model.path, staging, trust_remote_code)
             imported.parent.mkdir(parents=True, exist_ok=True)
-            staging.rename(imported)
+            _publish(staging, imported)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return imported
+
+
+def _publish(staging: Path, imported: Path) -> None:
+    try:
+        staging.rename(imported)
+    except OSError:
+        # Another run may have imported it meanwhile: the same files, so either copy serves.
+        if not imported.is_dir():
+            raise
 
 
 def _has_module_names(folder: Path, trust_remote_code: bool) -> bool:
@@ -146,7 +158,8 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
             "dbllm quantizes decoder-only transformers models",
         ) from error
     model.tie_weights()
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_model(
@@ -167,13 +180,24 @@ def load_model(
     return moved.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the model's embedding."""
+    return int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
         ArtifactMissingError: the folder has none.
     """
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    names = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+        "tokenizer_config.json",
+    )
     missing = ArtifactMissingError(
         f"{folder} has no tokenizer (tokenizer.json)", "copy the model's tokenizer files into it"
     )

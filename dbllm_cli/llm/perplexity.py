@@ -92,7 +92,7 @@ def _scored_loss(to_logits: object, hidden: Tensor, ids: Tensor, scored: int) ->
 
 
 def perplexity_of(losses: list[float], tokens: list[int]) -> float:
-    """exp of the token-weighted mean loss; infinite where that overflows."""
+    """Exp of the token-weighted mean loss; infinite where that overflows."""
     mean = math.fsum(losses) / sum(tokens)
     return math.exp(mean) if mean < 700 else math.inf
 

@@ -15,7 +15,7 @@ from dbllm_cli.llm.blocks import find_blocks, layer_shape
 FORMAT_VERSION = 1
 
 
-class DbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class DbllmConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed model's config.json.
 
     Args:
@@ -40,13 +40,13 @@ class DbllmConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"packed format {format_version} is newer than this dbllm reads "
                 f"({FORMAT_VERSION}): pip install --upgrade dbllm"
             )
-        self.quant_method = "dbllm"
+        self.quant_method = "dbllm"  # type: ignore[assignment]
         self.format_version = format_version
         self.group_size = group_size
         self.modules_to_not_convert = list(modules_to_not_convert or ())
 
 
-class DbllmQuantizer(HfQuantizer):  # type: ignore[misc]
+class DbllmQuantizer(HfQuantizer):
     """Puts FdbLinear in the place of every quantized layer before the weights are read."""
 
     requires_calibration = True

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from dbllm_cli.llm.models import vocabulary_size
 from dbllm_cli.progress import Task
 
 
@@ -52,9 +53,12 @@ def sample_sequences(
         int64 `[count, sequence_length]`.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     start = torch.randint(
-        vocabulary, (count, 1), generator=generator, device=model.device, dtype=torch.int64
+        vocabulary_size(model),
+        (count, 1),
+        generator=generator,
+        device=model.device,
+        dtype=torch.int64,
     )
     begin = torch.tensor(prefix, dtype=torch.int64, device=model.device).expand(count, -1)
     sequence = torch.cat((begin, start), dim=1)[:, : settings.sequence_length]
@@ -62,9 +66,7 @@ def sample_sequences(
     entering = sequence
     task.advance(sequence.numel())
     for position in range(settings.sequence_length - sequence.shape[1]):
-        output = model(
-            input_ids=entering, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = model(input_ids=entering, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1].to(torch.float32)
         if position < settings.greedy_tokens:
             entering = logits.argmax(-1, keepdim=True)

@@ -103,4 +103,3 @@ class StreamedModel:
             if done is not None:
                 done(batch.shape[0])
         return output
-

@@ -184,7 +184,7 @@ def document_stream(
 
 
 def windows(stream: list[int], sequence_length: int) -> Tensor:
-    """Non-overlapping windows `[n, sequence_length]` (int64) of a token stream; the tail is dropped."""
+    """Non-overlapping windows int64 `[n, sequence_length]` of tokens; the tail is dropped."""
     count = len(stream) // sequence_length
     cut = torch.tensor(stream[: count * sequence_length], dtype=torch.int64)
     return cut.view(count, sequence_length)

@@ -101,6 +101,12 @@ def _check_shape(document: Document) -> None:
             if newer
             else f"write `schema_version: {SCHEMA_VERSION}` at the top",
         )
+    if not isinstance(document.value.get(MODEL), dict):
+        raise document.error(
+            (MODEL,),
+            f"the pipeline's model must be a mapping, got {document.value.get(MODEL)!r}",
+            "write `model: {path: MODEL}`",
+        )
     steps = document.value.get("steps")
     if not isinstance(steps, dict) or not steps:
         raise document.error(("steps",), "steps must name at least one step, each with its inputs")
@@ -152,8 +158,6 @@ def _override(document: Document, text: str) -> None:
 
 
 def _read_model(document: Document) -> ModelReference:
-    if MODEL not in document.value:
-        raise document.error((), "the pipeline names no model", "add `model: {path: MODEL}`")
     _check_keys(document, (MODEL,), _MODEL_KEYS, "model")
     model = document.value[MODEL]
     path, revision = model.get("path"), model.get("revision")

@@ -1,15 +1,21 @@
-"""calibrate: token sequences for training, a held-out part, and statistics of the layers' inputs."""
+"""calibrate: token sequences, a held-out part, and statistics of the layers' inputs."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dbllm_cli.configs import CalibrateConfig
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
+from dbllm_cli.llm.models import (
+    Model,
+    Tokenizer,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    vocabulary_size,
+)
 from dbllm_cli.llm.sampling import SamplingSettings, sample_sequences
 from dbllm_cli.llm.statistics import input_mean_squares
 from dbllm_cli.llm.tensors import TensorFolder, require_finite, save_tensors
@@ -56,19 +62,19 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
     return _report(train, held_out, model, tokenizer)
 
 
-def _check_length(config: CalibrateConfig, model: PreTrainedModel) -> None:
+def _check_length(config: CalibrateConfig, model: Model) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.sequence_length > longest:
         raise ConfigError(
-            f"sequence_length {config.sequence_length} is more than the model's {longest} positions",
+            f"sequence_length {config.sequence_length} exceeds the model's {longest} positions",
             f"set sequence_length to at most {longest}",
         )
 
 
 def _generate(
     config: CalibrateConfig,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     ctx: Context,
 ) -> Tensor:
     settings = SamplingSettings(
@@ -99,7 +105,7 @@ def _batch_file(scratch: Path, start: int) -> Path:
     return scratch / f"generated-{start:06d}.safetensors"
 
 
-def _read(config: CalibrateConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _read(config: CalibrateConfig, tokenizer: Tokenizer) -> Tensor:
     source = TextSource(
         config.text,
         config.dataset,
@@ -113,10 +119,11 @@ def _read(config: CalibrateConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor
     stream = document_stream(tokenizer, source.read(), needed * config.sequence_length)
     sequences = windows(stream, config.sequence_length)[:needed]
     if len(sequences) < needed:
+        spare = len(sequences) - config.held_out
         raise ConfigError(
             f"{config.text or config.dataset} gives {len(sequences)} sequences of "
             f"{config.sequence_length} tokens, {needed} are needed",
-            f"give more text, or set num_samples to at most {max(0, len(sequences) - config.held_out)}",
+            f"give more text, or set num_samples to at most {max(0, spare)}",
         )
     return sequences
 
@@ -124,16 +131,15 @@ def _read(config: CalibrateConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor
 def _report(
     train: Tensor,
     held_out: Tensor,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
 ) -> Metrics:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     both = torch.cat((train, held_out))
     return {
         "tokens": train.numel(),
         "held_out_tokens": held_out.numel(),
         "duplicates": len(both) - len(torch.unique(both, dim=0)),
-        "vocabulary_coverage": round(len(torch.unique(train)) / vocabulary, 6),
+        "vocabulary_coverage": round(len(torch.unique(train)) / vocabulary_size(model), 6),
         "leading_special_tokens": leading_special_tokens(tokenizer),
         "tokens_digest": tokens_digest(both),
         "tokenizer_digest": tokenizer_digest(tokenizer),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from dbllm_cli.configs import DistillConfig
 from dbllm_cli.errors import StageFailedError
@@ -20,7 +19,7 @@ from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import LatentLinear
 from dbllm_cli.llm.blocks import find_blocks
 from dbllm_cli.llm.heads import final_hidden, head
-from dbllm_cli.llm.models import CURVE, load_model, model_folder
+from dbllm_cli.llm.models import CURVE, Model, load_model, model_folder
 from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.progress import Task
 from dbllm_cli.stages.layer_report import write_layer_report
@@ -65,8 +64,8 @@ class _Trainer:
     def __init__(
         self,
         config: DistillConfig,
-        teacher: PreTrainedModel,
-        model: PreTrainedModel,
+        teacher: Model,
+        model: Model,
         student: PackedFolder,
         calibration: Calibration,
         ctx: Context,
@@ -92,7 +91,9 @@ class _Trainer:
         config = self.config
         first = self._resume()
         tokens = config.batch_size * config.gradient_accumulation * self.sequences.shape[1]
-        with self.ctx.progress.task("distill", config.steps * tokens, first * tokens, "tokens") as task:
+        with self.ctx.progress.task(
+            "distill", config.steps * tokens, first * tokens, "tokens"
+        ) as task:
             if first == 0:
                 self._measure(0)
             for step in range(first, config.steps):
@@ -104,7 +105,9 @@ class _Trainer:
                 if done % config.save_every == 0:
                     self._save(done)
                 if config.patience and self.worse >= config.patience:
-                    self.ctx.progress.note(f"no better for {self.worse} measurements: stopped early")
+                    self.ctx.progress.note(
+                        f"no better for {self.worse} measurements: stopped early"
+                    )
                     break
         start = next((e["held_out"] for e in self.curve if e["step"] == 0), math.nan)
         return {
@@ -129,7 +132,7 @@ class _Trainer:
                     f"distill: the loss is {loss} at step {step + 1}",
                     "lower --scale-lr and --latent-lr, or use --compute-dtype float32",
                 )
-            hidden.backward(outcome.gradient / parts)  # type: ignore[no-untyped-call]
+            hidden.backward(outcome.gradient / parts)
             task.advance(batch.numel(), loss=loss)
         norm = float(clip_grad_norm_(self.optimizer.parameters(), config.clip))
         self.optimizer.step(schedule_factor(step, config.steps, config.warmup_steps))
@@ -153,13 +156,15 @@ class _Trainer:
     def _forward(self, batch: Tensor) -> tuple[Tensor, LossAndGradient]:
         """The student's hidden states and the loss with its gradient to them."""
         with torch.no_grad():
-            target = final_hidden(self.teacher, batch) if self.config.loss != "ce" else torch.empty(0)
+            target = (
+                final_hidden(self.teacher, batch) if self.config.loss != "ce" else torch.empty(0)
+            )
         with self._autocast():
             hidden = final_hidden(self.model, batch)
             outcome = distillation_loss(self.loss, hidden, target, batch, self.heads)
         return hidden, outcome
 
-    # -- measuring and keeping the best -------------------------------------------------------------
+    # -- measuring and keeping the best --------------------------------------------------
 
     @torch.no_grad()
     def _measure(self, step: int) -> None:
@@ -199,7 +204,7 @@ class _Trainer:
             keeps = self.config.keep_latents and isinstance(layer, LatentLinear)
             yield name, layer.quantize(), cast(LatentLinear, layer).latent if keeps else None
 
-    # -- resuming -----------------------------------------------------------------------------------
+    # -- resuming --------------------------------------------------------------------------
 
     def _save(self, step: int) -> None:
         state: dict[str, Any] = {
@@ -226,4 +231,4 @@ class _Trainer:
 def _checkpoint_blocks(model: nn.Module) -> None:
     """Recompute each block in backward instead of keeping its activations and dense weights."""
     for block in find_blocks(model).modules:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

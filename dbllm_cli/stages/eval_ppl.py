@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from dbllm_cli.configs import EvalPplConfig
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
+from dbllm_cli.llm.models import Tokenizer, load_model, load_tokenizer, model_folder
 from dbllm_cli.llm.packed import write_json
 from dbllm_cli.llm.perplexity import (
     Window,
@@ -73,7 +72,7 @@ def _metrics(
     protocol: _Protocol,
     losses: list[float],
     tokens: list[int],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
 ) -> Metrics:
     data = tokens_digest(torch.cat([window.ids for window in protocol.windows]))
     identity = {**protocol.settings, "tokens": data, "tokenizer": tokenizer_digest(tokenizer)}
@@ -94,7 +93,7 @@ def _metrics(
 
 
 def _protocol(
-    config: EvalPplConfig, inputs: Mapping[str, Artifact], tokenizer: PreTrainedTokenizerBase
+    config: EvalPplConfig, inputs: Mapping[str, Artifact], tokenizer: Tokenizer
 ) -> _Protocol:
     if config.text is None and config.dataset is None:
         return _held_out(config, inputs)
@@ -110,7 +109,7 @@ def _protocol(
             f"{name} has {len(stream)} tokens: too short for one window of {length}",
             "give more text, or a smaller --sequence-length",
         )
-    settings = {
+    settings: dict[str, object] = {
         "name": config.protocol,
         "reading": None if config.protocol == "documents" else config.reading,
         "sequence_length": length,
@@ -141,7 +140,7 @@ def _held_out(config: EvalPplConfig, inputs: Mapping[str, Artifact]) -> _Protoco
     return _Protocol(what, settings, full_windows(sequences))
 
 
-def _stream(config: EvalPplConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _stream(config: EvalPplConfig, tokenizer: Tokenizer) -> list[int]:
     source = TextSource(
         config.text,
         config.dataset,

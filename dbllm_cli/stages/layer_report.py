@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.kernels import unpack_planes
+from dbllm_cli.fdb.quantized import QuantizedMatrix, count_planes, stored_bits
 from dbllm_cli.llm.blocks import find_blocks, layer_shape, matrix_of
 from dbllm_cli.llm.models import LAYER_REPORT, empty_model, load_config
 from dbllm_cli.llm.packed import PackedFolder, write_json
@@ -60,18 +59,14 @@ def layer_figures(
     """
     weights = torch.ones(matrix.shape[-1]) if importance is None else importance
     error = ((quantized.dense() - matrix).square() * weights).sum()
-    b1, b2 = unpack_planes(quantized.weight, quantized.in_features, torch.uint8)
-    figures = {
+    counts = count_planes(quantized)
+    zeros_both = counts.weights - counts.ones_b1 - counts.ones_b2 + counts.ones_both
+    figures: dict[str, float | Tensor] = {
         "relative_error": error / (matrix.square() * weights).sum().clamp(min=1e-30),
-        "zeros_b1": (b1 == 0).float().mean(),
-        "zeros_b2": (b2 == 0).float().mean(),
-        "zeros_both": ((b1 | b2) == 0).float().mean(),
-        "bits_per_weight": stored_bits(quantized) / matrix.numel(),
-        "weights": matrix.numel(),
+        "zeros_b1": 1 - counts.ones_b1 / counts.weights,
+        "zeros_b2": 1 - counts.ones_b2 / counts.weights,
+        "zeros_both": zeros_both / counts.weights,
+        "bits_per_weight": stored_bits(quantized) / counts.weights,
+        "weights": counts.weights,
     }
     return {key: round(float(value), 6) for key, value in figures.items()}
-
-
-def stored_bits(quantized: QuantizedMatrix) -> int:
-    """Bits of a layer's planes and scales as stored, the padding of rows to whole bytes included."""
-    return quantized.weight.numel() * 8 + quantized.alpha.numel() * 16

@@ -28,7 +28,9 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Met
         ctx.progress.task("pack", len(names), unit="tensors") as task,
     ):
         dense = config.format == "dense"
-        tensors = dense_tensors(student, ctx.trust_remote_code) if dense else student.tensors.items()
+        tensors = (
+            dense_tensors(student, ctx.trust_remote_code) if dense else student.tensors.items()
+        )
         for name, tensor in tensors:
             writer.add(name, tensor)
             total += tensor.numel() * tensor.element_size()

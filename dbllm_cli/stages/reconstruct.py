@@ -57,7 +57,10 @@ def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context)
     ctx.progress.table(
         "relative error of the block's output",
         ("block", "before", "after"),
-        [(index, block["error_before"], block["error_after"]) for index, block in enumerate(report)],
+        [
+            (index, block["error_before"], block["error_after"])
+            for index, block in enumerate(report)
+        ],
     )
     return {**layers, "blocks": report, "mean_error": round(math.fsum(errors) / len(errors), 6)}
 
@@ -125,7 +128,7 @@ class _BlockTraining:
     def _student_block(
         self, index: int, teacher: nn.Module
     ) -> tuple[nn.Module, dict[str, LatentLinear]]:
-        """A copy of the block with layers that train, and its other tensors as the student has them."""
+        """A copy of the block with layers that train, the rest as the student has it."""
         prefix = self.model.blocks.name(index)
         block = copy.deepcopy(teacher)
         layers: dict[str, LatentLinear] = {}
@@ -178,7 +181,7 @@ class _BlockTraining:
                     f"reconstruct: the loss of block {index} is {value} at step {step}",
                     "lower --latent-lr, or use --compute-dtype float32",
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step(schedule_factor(step, total, self.config.warmup_steps))
             first = value if step == 0 else first
             task.advance(len(chosen), block=index, loss=value)

@@ -24,7 +24,11 @@ def note_environment(scratch: Path, progress: Progress) -> None:
     path = scratch / "environment.json"
     if path.is_file():
         begun = json.loads(path.read_text())
-        changed = [f"{name} {begun.get(name)} -> {here[name]}" for name in here if begun.get(name) != here[name]]
+        changed = [
+            f"{name} {begun.get(name)} -> {here[name]}"
+            for name in here
+            if begun.get(name) != here[name]
+        ]
         if changed:
             progress.note(f"resuming under another {', '.join(changed)}: the result is inexact")
     else:

@@ -78,7 +78,7 @@ def members(inputs: Mapping[str, Artifact], slot: str) -> list[Artifact]:
     return [artifact for name, artifact in inputs.items() if name.split(".")[0] == slot]
 
 
-_MODEL = Slot("model", ("model",), "the full-precision model: folder, hub id, .gguf or builtin:NAME")
+_MODEL = Slot("model", ("model",), "the teacher: folder, hub id, .gguf or builtin:NAME")
 _STUDENT = Slot("student", ("fdb",), "the quantized model to train: an fdb artifact")
 _CALIBRATION = Slot("calibration", ("calibration",), "token sequences: a calibration artifact")
 
@@ -86,42 +86,66 @@ STAGES: dict[str, StageSpec] = {
     spec.name: spec
     for spec in (
         StageSpec(
-            "calibrate", 1, configs.CalibrateConfig, (_MODEL,), "calibration",
+            "calibrate",
+            1,
+            configs.CalibrateConfig,
+            (_MODEL,),
+            "calibration",
             "Make the token sequences that the other stages train on.",
         ),
         StageSpec(
-            "init-fdb", 1, configs.InitFdbConfig,
+            "init-fdb",
+            1,
+            configs.InitFdbConfig,
             (_MODEL, Slot("calibration", ("calibration",), "weighs the inputs", required=False)),
-            "fdb", "Find the starting planes and scales of every linear layer.",
+            "fdb",
+            "Find the starting planes and scales of every linear layer.",
         ),
         StageSpec(
-            "reconstruct", 1, configs.ReconstructConfig, (_STUDENT, _MODEL, _CALIBRATION), "fdb",
+            "reconstruct",
+            1,
+            configs.ReconstructConfig,
+            (_STUDENT, _MODEL, _CALIBRATION),
+            "fdb",
             "Train block by block so that each gives the teacher's output.",
         ),
         StageSpec(
-            "distill", 1, configs.DistillConfig, (_STUDENT, _MODEL, _CALIBRATION), "fdb",
+            "distill",
+            1,
+            configs.DistillConfig,
+            (_STUDENT, _MODEL, _CALIBRATION),
+            "fdb",
             "Train end to end against the teacher's predictions.",
         ),
         StageSpec(
-            "pack", 1, configs.PackConfig,
+            "pack",
+            1,
+            configs.PackConfig,
             (
                 Slot("fdb", ("fdb",), "the quantized model: an fdb artifact"),
                 Slot("evals", ("eval",), "figures for the model card", required=False, many=True),
             ),
-            "packed", "Write a model folder that transformers loads.",
+            "packed",
+            "Write a model folder that transformers loads.",
         ),
         StageSpec(
-            "eval-ppl", 1, configs.EvalPplConfig,
+            "eval-ppl",
+            1,
+            configs.EvalPplConfig,
             (
                 Slot("model", ("model", "fdb", "packed"), "a model, an fdb or a packed artifact"),
                 Slot("calibration", ("calibration",), "its held-out part is read", required=False),
             ),
-            "eval", "Measure perplexity by a named protocol.",
+            "eval",
+            "Measure perplexity by a named protocol.",
         ),
         StageSpec(
-            "bench", 1, configs.BenchConfig,
+            "bench",
+            1,
+            configs.BenchConfig,
             (_MODEL, Slot("packed", ("packed",), "the packed artifact")),
-            "bench", "Measure speed, memory and size beside the dense model.",
+            "bench",
+            "Measure speed, memory and size beside the dense model.",
             always_runs=True,
         ),
     )

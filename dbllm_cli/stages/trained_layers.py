@@ -12,7 +12,11 @@ from dbllm_cli.llm.packed import PackedFolder
 
 
 def latent_layer(
-    student: PackedFolder, name: str, quantized: QuantizedMatrix, teacher: Tensor, bias: Tensor | None
+    student: PackedFolder,
+    name: str,
+    quantized: QuantizedMatrix,
+    teacher: Tensor,
+    bias: Tensor | None,
 ) -> LatentLinear:
     """A layer that trains latent weights and scales.
 

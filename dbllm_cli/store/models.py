@@ -132,9 +132,7 @@ def _from_hub(reference: str, revision: str | None, download: bool) -> Path | No
     return Path(folder)
 
 
-def _not_downloaded(
-    reference: str, revision: str | None, error: Exception
-) -> ArtifactMissingError:
+def _not_downloaded(reference: str, revision: str | None, error: Exception) -> ArtifactMissingError:
     at = f" at revision {revision}" if revision else ""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ArtifactMissingError(

@@ -110,13 +110,14 @@ def test_a_file_without_model_or_steps_is_told(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     for text, message in [
         ("", "a pipeline file must be a mapping"),
-        ("schema_version: 1\nsteps: {a: {}}\n", "names no model"),
+        ("schema_version: 1\nsteps: {a: {}}\n", "model must be a mapping, got None"),
+        ("schema_version: 1\nmodel: x\nsteps: {a: }\n", "model must be a mapping, got 'x'"),
         ("schema_version: 1\nmodel: {path: x}\n", "at least one step"),
         ("schema_version: 1\nmodel: {}\nsteps: {a: }\n", "path of model must be a string"),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError, match=message):
-            load_pipeline(file)
+            load_pipeline(file, ["model.revision=abc"])
 
 
 def settings(pipeline: Pipeline, name: str) -> dict[str, Any]:

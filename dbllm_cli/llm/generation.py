@@ -1,0 +1,103 @@
+"""Text from a teacher, fdb or packed model, piece by piece as it is written."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextIteratorStreamer,
+)
+
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
+from dbllm_cli.store import Artifact
+
+
+def generate_stream(
+    artifact: Artifact,
+    prompt: str,
+    *,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    work: Path,
+    trust_remote_code: bool,
+) -> Iterator[str]:
+    """Continue a prompt, or answer it.
+
+    Args:
+        artifact: kind model, fdb or packed.
+        prompt: the text.
+        chat: wrap the prompt in the model's chat template.
+        max_new_tokens: most tokens written.
+        temperature: 0 takes the likeliest token.
+        top_k: sample among so many likeliest tokens; 0 means all.
+        seed: of the sampling.
+        device: torch device.
+        dtype: of the products.
+        work: the store's work area.
+        trust_remote_code: let transformers run code that comes with the model.
+
+    Yields:
+        Pieces of text.
+
+    Raises:
+        ConfigError: chat without a chat template, or an empty prompt without a start token.
+    """
+    outside = artifact.kind == "model"
+    folder = model_folder(artifact, work, trust_remote_code) if outside else artifact.path
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    model = load_model(folder, getattr(torch, dtype), device, trust_remote_code)
+    ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling: dict[str, float] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_k": top_k}
+    torch.manual_seed(seed)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(_generate, model, ids, streamer, max_new_tokens, sampling)
+        # A failure must end the stream too, or its reader would wait for ever.
+        writing.add_done_callback(lambda _: streamer.end())
+        yield from streamer
+        writing.result()
+
+
+def _generate(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    streamer: TextIteratorStreamer,
+    max_new_tokens: int,
+    sampling: dict[str, float],
+) -> None:
+    with torch.inference_mode():
+        cast(Any, model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=streamer,
+            max_new_tokens=max_new_tokens,
+            **sampling,
+        )
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> torch.Tensor:
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ConfigError("this model has no chat template", "leave out --chat")
+        messages = [{"role": "user", "content": prompt}]
+        prompt = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    ids: torch.Tensor = tokenizer(
+        prompt, return_tensors="pt", add_special_tokens=not chat
+    ).input_ids
+    if ids.shape[-1] == 0:
+        raise ConfigError("the prompt is empty and the model has no start token", "give a prompt")
+    return ids.long()

@@ -1,0 +1,142 @@
+"""bench: speed, memory and size of the packed model beside the dense one, in the same run."""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+
+from dbllm_cli.configs import BenchConfig
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.fdb.quantized import count_planes, stored_bits
+from dbllm_cli.llm.decoding import prefill_and_decode
+from dbllm_cli.llm.models import Model, load_model, model_folder
+from dbllm_cli.progress import Task
+from dbllm_cli.stages.peak_memory import peak_memory_mib
+from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.stages.trained_layers import packed_layers
+from dbllm_cli.store import Artifact
+
+
+@dataclass(frozen=True)
+class _Contender:
+    name: str
+    model: Model
+
+
+def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+    """Time prefill and decode of both models, interleaved, and count the paper's operations.
+
+    Raises:
+        ConfigError: the packed artifact is a dense export.
+    """
+    dtype = getattr(torch, config.compute_dtype)
+    folders = {
+        "dense": model_folder(inputs["model"], ctx.work, ctx.trust_remote_code),
+        "packed": inputs["packed"].path,
+    }
+    shape = (config.batch_size, config.prompt_tokens, config.decode_tokens)
+    peaks = {
+        name: peak_memory_mib(
+            folder,
+            compute_dtype=config.compute_dtype,
+            shape=shape,
+            device=ctx.device,
+            trust_remote_code=ctx.trust_remote_code,
+        )
+        for name, folder in folders.items()
+    }
+    contenders = [
+        _Contender(name, load_model(folder, dtype, ctx.device, ctx.trust_remote_code))
+        for name, folder in folders.items()
+    ]
+    with ctx.progress.task("bench", (config.repeats + 1) * len(contenders), unit="runs") as task:
+        times = _time_all(config, contenders, task)
+    result: Metrics = {
+        "device": _device_name(ctx.device),
+        "threads": torch.get_num_threads(),
+        "kernel": "reference",
+    }
+    for contender in contenders:
+        figures = _figures(config, times[contender.name], contender.model)
+        result[contender.name] = figures | {"peak_memory_mib": peaks[contender.name]}
+    result["packed_over_dense"] = {
+        key: round(result["packed"][key] / result["dense"][key], 4)
+        for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "weight_bytes")
+    }
+    result["accounting"] = _accounting(contenders[1].model)
+    return result
+
+
+# -- speed ---------------------------------------------------------------------------
+
+
+def _time_all(
+    config: BenchConfig, contenders: list[_Contender], task: Task
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of prefill and decode, by name; the warm-up is run and dropped."""
+    times: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contenders}
+    for repeat in range(config.repeats + 1):
+        # The two take turns, so that a busy moment of the machine meets both.
+        for contender in contenders:
+            seconds = prefill_and_decode(
+                contender.model,
+                config.batch_size,
+                config.prompt_tokens,
+                config.decode_tokens,
+                config.seed,
+            )
+            if repeat:
+                times[contender.name].append(seconds)
+            task.advance()
+    return times
+
+
+def _figures(config: BenchConfig, times: list[tuple[float, float]], model: Model) -> dict[str, Any]:
+    prefill, decode = zip(*times, strict=True)
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
+    return {
+        "prefill_seconds": _spread(prefill),
+        "decode_seconds": _spread(decode),
+        "prefill_tokens_per_second": round(
+            config.batch_size * config.prompt_tokens / statistics.median(prefill), 3
+        ),
+        "decode_tokens_per_second": round(
+            config.batch_size * config.decode_tokens / statistics.median(decode), 3
+        ),
+        "weight_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    }
+
+
+def _spread(seconds: tuple[float, ...]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(seconds), 6),
+        "fastest": round(min(seconds), 6),
+        "slowest": round(max(seconds), 6),
+    }
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+# -- the paper's accounting -----------------------------------------------------------
+
+
+def _accounting(model: Model) -> dict[str, float]:
+    layers = [layer.quantized for _, layer in packed_layers(model)]
+    if not layers:
+        raise ConfigError("bench got a dense export", "give the artifact of pack --format packed")
+    counts = reduce(add, (count_planes(layer) for layer in layers))
+    return {
+        "quantized_weights": counts.weights,
+        "bits_per_quantized_weight": round(sum(map(stored_bits, layers)) / counts.weights, 6),
+        "level_entropy_bits": round(counts.level_entropy, 6),
+        "zeros_b1": round(1 - counts.ones_b1 / counts.weights, 6),
+        "zeros_b2": round(1 - counts.ones_b2 / counts.weights, 6),
+        "additions_per_weight": round(counts.additions_per_weight, 6),
+        "dense_operations_per_weight": 2.0,
+    }

@@ -55,34 +55,34 @@ def _fit_paper(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     return 2 * step, -step
 
 
+_Candidate = tuple[Tensor, Tensor, Tensor]
+"""alpha1, alpha2 and weighted error of every group, `[rows, groups, 1]` each."""
+
+
+def _better(best: _Candidate, found: _Candidate) -> _Candidate:
+    better = found[2] < best[2]
+    alpha1, alpha2, error = (
+        torch.where(better, new, old) for new, old in zip(found, best, strict=True)
+    )
+    return alpha1, alpha2, error
+
+
 def _weighted_error(grouped: Tensor, importance: Tensor, alpha1: Tensor, alpha2: Tensor) -> Tensor:
     difference = nearest_level(grouped, sorted_levels(alpha1, alpha2)) - grouped
     return (difference.square_() * importance).sum(-1, keepdim=True)
 
 
-def _keep_better(
-    grouped: Tensor,
-    importance: Tensor,
-    best: tuple[Tensor, Tensor, Tensor],
-    alpha1: Tensor,
-    alpha2: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    error = _weighted_error(grouped, importance, alpha1, alpha2)
-    better = error < best[2]
-    return (
-        torch.where(better, alpha1, best[0]),
-        torch.where(better, alpha2, best[1]),
-        torch.where(better, error, best[2]),
-    )
-
-
-def _search_step(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _search_step(grouped: Tensor, importance: Tensor) -> _Candidate:
+    """Best share of the paper's step, and orientation, for every group; and its error."""
     step = _step_sizes(grouped)
+    unit = grouped / torch.where(step > 0, step, 1.0)
     best = (2 * step, -step, torch.full_like(step, torch.inf))
     for share in _GRID.tolist():
-        for factor1, factor2 in ((2.0, -1.0), (1.0, -2.0)):
-            alpha1, alpha2 = factor1 * share * step, factor2 * share * step
-            best = _keep_better(grouped, importance, best, alpha1, alpha2)
+        rounded = (unit / share).round_()
+        for lowest, highest in ((-1, 2), (-2, 1)):
+            difference = rounded.clamp(lowest, highest).mul_(share).sub_(unit)
+            error = (difference.square_() * importance).sum(-1, keepdim=True) * step.square()
+            best = _better(best, (highest * share * step, lowest * share * step, error))
     return best
 
 
@@ -95,7 +95,8 @@ def _fit_als(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(_ALTERNATIONS):
         b1, b2 = assign_planes(grouped, best[0], best[1])
         alpha1, alpha2 = least_squares_scales(grouped, importance, b1, b2)
-        best = _keep_better(grouped, importance, best, alpha1, alpha2)
+        error = _weighted_error(grouped, importance, alpha1, alpha2)
+        best = _better(best, (alpha1, alpha2, error))
     return best[:2]
 
 

@@ -15,6 +15,9 @@ from dbllm_cli.store import Artifact, Store, lineage_key, resolve_model
 Action = Literal["run", "up to date", "left out"]
 
 
+_NEVER_RUN = "never run"
+
+
 @dataclass(frozen=True)
 class PlannedStep:
     """What a run would do with a step.
@@ -115,18 +118,14 @@ def _planned(
     reasons = ["forced"] if forced else []
     if step.stage.always_runs:
         reasons.append("always measures")
-    reasons += _unknown_inputs(step, known)
-    if not reasons or inputs is None:
-        reasons += _changes(step, known, store, made)
+    unknown = dict.fromkeys(source for _, source in _wires(step) if source not in known)
+    if MODEL in unknown:
+        reasons.append("model not downloaded yet")
+    waiting = [f"input step {source!r} will run" for source in unknown if source != MODEL]
+    changes = _changes(step, known, store, made) if not reasons or inputs is None else []
+    # That a step never ran is reason enough: the steps before it say the rest.
+    reasons += changes if changes == [_NEVER_RUN] else waiting + changes
     return PlannedStep(step, "run", tuple(reasons), key, folder)
-
-
-def _unknown_inputs(step: Step, known: Mapping[str, Artifact]) -> list[str]:
-    sources = dict.fromkeys(source for _, source in _wires(step) if source not in known)
-    return [
-        "model not downloaded yet" if source == MODEL else f"input step {source!r} will run"
-        for source in sources
-    ]
 
 
 def _changes(
@@ -144,7 +143,7 @@ def _changes(
         and artifact.manifest["lineage"]["stage"] == step.stage.name
     ]
     if not past:
-        return ["never run"]
+        return [_NEVER_RUN]
     differences = [
         _differences(artifact.manifest["lineage"], now, step)
         for artifact in sorted(past, key=_started, reverse=True)

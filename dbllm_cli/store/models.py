@@ -78,6 +78,11 @@ def resolve_input(
     is_artifact = any((folder / MANIFEST).is_file() for folder in folders)
     if "model" not in kinds or (ours and (is_artifact or reference.startswith(ours))):
         return store.open(reference, kinds)
+    folder = Path(reference).expanduser()
+    if "packed" in kinds and folder.is_dir() and _is_packed(folder):
+        # A packed model from elsewhere, a hub for one, comes without a manifest.
+        digest = files_digest(folder, store.digests, _model_files(folder))
+        return Artifact(folder, "packed", digest, {})
     return resolve_model(reference, revision, store)
 
 
@@ -185,15 +190,20 @@ def _refuse_our_own(folder: Path) -> None:
     kind = None
     if (folder / MANIFEST).is_file() and "lineage" in (manifest := _json_object(folder / MANIFEST)):
         kind = manifest.get("kind")
-    elif (folder / "config.json").is_file():
-        quantization = _json_object(folder / "config.json").get("quantization_config")
-        if isinstance(quantization, dict) and quantization.get("quant_method") == "dbllm":
-            kind = "packed"
+    elif _is_packed(folder):
+        kind = "packed"
     if kind is not None:
         raise ArtifactMissingError(
             f"{folder} is of kind {kind}, made by dbllm; a full-precision model is needed here",
             f"name {_FORMS}",
         )
+
+
+def _is_packed(folder: Path) -> bool:
+    if not (folder / "config.json").is_file():
+        return False
+    quantization = _json_object(folder / "config.json").get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "dbllm"
 
 
 def _json_object(path: Path) -> dict[str, object]:

@@ -35,7 +35,7 @@ def test_at_first_everything_runs_and_only_the_first_key_is_known(
     assert [planned.action for planned in plan] == ["run"] * 7
     assert plan[0].reasons == ("never run",)
     assert plan[0].folder == store.folder("calibration", plan[0].key or "")
-    assert plan[1].reasons == ("input step 'gather' will run", "never run")
+    assert plan[1].reasons == ("never run",)
     assert plan[1].key is None
 
 

@@ -1,0 +1,151 @@
+import pytest
+import torch
+from torch import Tensor
+
+from dbllm_cli.fdb.fit import fit_scales
+from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
+from dbllm_cli.fdb.training import LatentLinear, ScaleLinear, TrainableLinear, latent_start
+from dbllm_cli.kernels import unpack_planes
+
+OUT, IN, GROUP = 3, 20, 8
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _quantized(matrix: Tensor, group_size: int = GROUP) -> QuantizedMatrix:
+    return quantize_matrix(matrix, fit_scales(matrix, group_size, "als"), group_size)
+
+
+def _latent() -> LatentLinear:
+    matrix = _normal(OUT, IN) * 1.5
+    return LatentLinear(_quantized(_normal(OUT, IN)), matrix, _normal(OUT, seed=4))
+
+
+def _scaled() -> ScaleLinear:
+    return ScaleLinear(_quantized(_normal(OUT, IN)), None)
+
+
+def _weight_gradient(layer: TrainableLinear, x: Tensor, output_gradient: Tensor) -> Tensor:
+    layer(x).backward(output_gradient)
+    return output_gradient.double().t() @ x.double()
+
+
+@pytest.mark.parametrize("make", [_latent, _scaled])
+def test_gradients_of_the_scales_are_the_sums_over_the_group_of_gradient_times_plane(
+    make: object,
+) -> None:
+    assert callable(make)
+    layer = make()
+    planes = unpack_planes(layer.quantize().weight, IN, torch.float64)
+    expected = torch.zeros(2, OUT, 3, dtype=torch.float64)
+    gradient = _weight_gradient(layer, _normal(5, IN, seed=1), _normal(5, OUT, seed=2))
+    for plane in range(2):
+        for row in range(OUT):
+            for column in range(IN):
+                expected[plane, row, column // GROUP] += (
+                    gradient[row, column] * planes[plane, row, column]
+                )
+    assert layer.alpha.grad.shape == (2, OUT, 3)
+    assert torch.allclose(layer.alpha.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_a_latent_weight_passes_inside_the_bounds_and_stops_outside() -> None:
+    layer = _latent()
+    gradient = _weight_gradient(layer, _normal(5, IN, seed=1), _normal(5, OUT, seed=2))
+    alpha1, alpha2 = layer.alpha.detach().double().repeat_interleave(GROUP, -1)[..., :IN]
+    levels = torch.stack((alpha2, alpha1 * 0, alpha1 + alpha2, alpha1)).sort(0).values
+    below = levels[0] - (levels[1] - levels[0]) / 2
+    above = levels[3] + (levels[3] - levels[2]) / 2
+    latent = layer.latent.detach().double()
+    inside = (latent >= below) & (latent <= above)
+    assert 0 < inside.sum() < inside.numel()
+    assert layer.latent.grad is not None
+    assert torch.allclose(layer.latent.grad.double(), gradient * inside, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [_latent, _scaled])
+def test_a_layer_that_trains_gives_the_output_of_what_it_will_store(make: object) -> None:
+    assert callable(make)
+    layer = make()
+    x = _normal(2, 5, IN, seed=3)
+    dense = layer.quantize().dense()
+    assert torch.equal(layer.dense(torch.float32), dense)
+    assert torch.allclose(layer(x), torch.nn.functional.linear(x, dense, layer.bias))
+
+
+@pytest.mark.parametrize("make", [_latent, _scaled])
+def test_under_autocast_products_are_in_bfloat16_and_gradients_in_float32(make: object) -> None:
+    assert callable(make)
+    layer = make()
+    x = _normal(5, IN).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(x)
+    assert output.dtype == torch.bfloat16
+    output.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+    assert x.grad is not None
+
+
+def test_planes_of_latent_weights_follow_them_and_fixed_planes_do_not() -> None:
+    layer = _latent()
+    with torch.no_grad():
+        layer.latent.neg_()
+    expected = quantize_matrix(layer.latent.detach(), layer.alpha.detach(), GROUP)
+    assert torch.equal(layer.quantize().weight, expected.weight)
+    fixed = _scaled()
+    before = fixed.packed.clone()
+    with torch.no_grad():
+        fixed.alpha.mul_(3)
+    assert torch.equal(fixed.quantize().weight, before)
+
+
+def test_fixed_planes_are_no_float_copy_and_only_the_scales_train() -> None:
+    layer = _scaled()
+    assert [name for name, _ in layer.named_parameters()] == ["alpha"]
+    assert layer.packed.dtype == torch.uint8
+
+
+def test_the_bias_is_frozen() -> None:
+    assert [name for name, _ in _latent().named_parameters()] == ["alpha", "latent"]
+
+
+def test_projection_brings_the_scales_back_to_their_signs() -> None:
+    layer = _scaled()
+    with torch.no_grad():
+        layer.alpha.neg_()
+    layer.project()
+    assert not layer.alpha.any()
+
+
+def test_a_group_whose_scales_are_zero_stays_zero_in_training() -> None:
+    matrix = _normal(OUT, 16)
+    matrix[0, :8] = 0
+    layer = LatentLinear(_quantized(matrix), matrix, None)
+    layer(_normal(4, 16, seed=1)).square().sum().backward()
+    assert layer.alpha.grad is not None
+    assert not layer.alpha.grad[:, 0, 0].any()
+
+
+def test_training_from_the_same_teacher_starts_at_its_weights() -> None:
+    matrix = _normal(8, 172)
+    start = latent_start(_quantized(matrix, 64), matrix)
+    assert torch.allclose(start, matrix, atol=1e-2)
+    assert (start == matrix).float().mean() > 0.99
+
+
+def test_training_starts_at_the_teacher_s_weights_where_a_scale_is_zero() -> None:
+    # With alpha2 = 0 the levels are 0, 0, alpha1 and alpha1.
+    matrix = torch.tensor([[0.1, 0.1, 0.2, 0.1, 1.0, 1.1, 1.2, 0.9]])
+    alpha = torch.tensor([[[1.0]], [[0.0]]])
+    quantized = quantize_matrix(matrix, alpha, 8)
+    start = latent_start(quantized, matrix)
+    assert torch.allclose(start, matrix, atol=1e-2)
+
+
+def test_training_from_another_matrix_starts_with_the_stored_planes() -> None:
+    quantized = _quantized(_normal(8, 172), 64)
+    start = latent_start(quantized, _normal(8, 172, seed=9))
+    again = quantize_matrix(start, quantized.alpha, 64)
+    assert torch.equal(again.weight, quantized.weight)

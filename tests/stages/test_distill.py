@@ -1,0 +1,282 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dbllm_cli.errors import DbllmError, StageFailedError
+from dbllm_cli.llm.models import load_model
+from dbllm_cli.stages import distill
+from dbllm_cli.store import Artifact
+from tests.conftest import Workshop
+from tests.stages.conftest import KilledAndResumed
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 2,
+    "steps": 12,
+    "warmup_steps": 1,
+    "eval_every": 3,
+    "save_every": 4,
+    "scale_lr": 1e-2,
+}
+WEIGHTS: dict[str, Any] = SETTINGS | {"train": "weights"}
+TOO_FAST: dict[str, Any] = SETTINGS | {"scale_lr": 2.0, "eval_every": 1, "steps": 30}
+
+
+@pytest.fixture
+def distilled(workshop: Workshop, training: dict[str, Artifact]) -> Artifact:
+    """Scales trained."""
+    return workshop.make("distill", training, **SETTINGS)
+
+
+@pytest.fixture
+def distilled_weights(workshop: Workshop, training: dict[str, Artifact]) -> Artifact:
+    """Latent weights and scales trained, the latent weights kept."""
+    return workshop.make("distill", training, **WEIGHTS, keep_latents=True)
+
+
+def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
+    return load_file(artifact.path / "model.safetensors")
+
+
+def curve_of(artifact: Artifact) -> list[dict[str, float]]:
+    lines = (artifact.path / "curve.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def held_out_loss(path: Path, teacher: Path, calibration: Artifact) -> float:
+    """Cross-entropy to the teacher's distribution over the held-out part."""
+    ids = load_file(calibration.path / "tokens.safetensors")["held_out"].long()
+    with torch.no_grad():
+        target = load_model(teacher, torch.float32)(ids).logits.softmax(-1)
+        ours = load_model(path, torch.float32)(ids).logits.log_softmax(-1)
+    return float(-(target * ours).sum(-1).mean())
+
+
+def test_training_scales_leaves_planes_and_all_else_unchanged(
+    distilled: Artifact, start: Artifact
+) -> None:
+    before, after = tensors_of(start), tensors_of(distilled)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.endswith(".alpha") for name in changed)
+    assert not list(distilled.path.glob("latents*"))
+
+
+def test_training_weights_changes_planes_too(distilled_weights: Artifact, start: Artifact) -> None:
+    before, after = tensors_of(start), tensors_of(distilled_weights)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = {name.removesuffix(".alpha") for name in before if name.endswith(".alpha")}
+    assert any(name.removesuffix(".weight") in layers for name in changed)
+    assert {name.rpartition(".")[0] for name in changed} <= layers
+    assert load_file(distilled_weights.path / "latents.safetensors").keys() == layers
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, WEIGHTS], ids=["scales", "weights"])
+@pytest.mark.parametrize("loss", ["kd", "dad", "ce"])
+def test_the_figures_are_those_of_the_stored_model(
+    workshop: Workshop,
+    training: dict[str, Artifact],
+    calibration: Artifact,
+    llama_folder: Path,
+    settings: dict[str, Any],
+    loss: str,
+) -> None:
+    outcome = workshop.run("distill", training, **settings, loss=loss)
+    assert outcome.metrics["training_loss"] > 0
+    if loss == "ce":
+        return
+    start_path = training["student"].path
+    assert outcome.metrics["held_out_loss_start"] == pytest.approx(
+        held_out_loss(start_path, llama_folder, calibration), rel=1e-4
+    )
+    stored = held_out_loss(outcome.artifact.path, llama_folder, calibration)
+    assert outcome.metrics["held_out_loss"] == pytest.approx(stored, rel=2e-3)
+    assert stored < outcome.metrics["held_out_loss_start"]
+
+
+def test_dad_with_gamma_of_zero_is_plain_distillation(
+    workshop: Workshop, training: dict[str, Artifact], distilled: Artifact
+) -> None:
+    plain = workshop.make("distill", training, **SETTINGS, loss="kd")
+    flat = workshop.make("distill", training, **SETTINGS, loss="dad", gamma=0.0)
+    for name, tensor in tensors_of(plain).items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensors_of(flat)[name], tensor, rtol=2e-3, atol=1e-5)
+    assert distilled.digest not in {plain.digest, flat.digest}
+
+
+@pytest.mark.parametrize("ambiguity", ["student", "product", "cross"])
+def test_each_ambiguity_trains_differently(
+    workshop: Workshop, training: dict[str, Artifact], distilled: Artifact, ambiguity: str
+) -> None:
+    other = workshop.make("distill", training, **SETTINGS, ambiguity=ambiguity)
+    assert other.digest != distilled.digest
+
+
+def test_the_curve_has_every_step_and_its_measurements(distilled: Artifact) -> None:
+    curve = curve_of(distilled)
+    assert [entry["step"] for entry in curve] == list(range(13))
+    assert [e["step"] for e in curve if "held_out" in e] == [0, 3, 6, 9, 12]
+
+
+def test_the_start_is_kept_when_training_makes_it_worse(
+    workshop: Workshop, training: dict[str, Artifact], start: Artifact
+) -> None:
+    outcome = workshop.run("distill", training, **(TOO_FAST | {"steps": 5}))
+    assert outcome.metrics["best_step"] == 0
+    assert outcome.metrics["held_out_loss"] == outcome.metrics["held_out_loss_start"]
+    for name, tensor in tensors_of(outcome.artifact).items():
+        assert torch.equal(tensor, tensors_of(start)[name]), name
+
+
+def test_the_best_measurement_is_kept(
+    workshop: Workshop,
+    training: dict[str, Artifact],
+    calibration: Artifact,
+    llama_folder: Path,
+) -> None:
+    settings = SETTINGS | {"eval_every": 1, "steps": 40, "scale_lr": 0.15, "warmup_steps": 6}
+    outcome = workshop.run("distill", training, **settings)
+    measured = {entry["step"]: entry["held_out"] for entry in curve_of(outcome.artifact)}
+    best = outcome.metrics["best_step"]
+    assert 0 < best < 40
+    assert measured[best] == min(measured.values()) == outcome.metrics["held_out_loss"]
+    stored = held_out_loss(outcome.artifact.path, llama_folder, calibration)
+    assert stored == pytest.approx(measured[best], rel=2e-3)
+
+
+def test_patience_stops_early(workshop: Workshop, training: dict[str, Artifact]) -> None:
+    outcome = workshop.run("distill", training, **TOO_FAST, patience=3)
+    assert outcome.metrics["steps"] == 3
+    assert len(curve_of(outcome.artifact)) == 4
+
+
+def test_the_seed_alone_draws_the_order(
+    fresh: Workshop, workshop: Workshop, training: dict[str, Artifact], distilled: Artifact
+) -> None:
+    torch.manual_seed(99)
+    assert fresh.make("distill", training, **SETTINGS).digest == distilled.digest
+    assert workshop.make("distill", training, **SETTINGS, seed=1).digest != distilled.digest
+
+
+def test_how_often_it_is_saved_changes_nothing(
+    fresh: Workshop, training: dict[str, Artifact], distilled: Artifact
+) -> None:
+    settings = SETTINGS | {"save_every": 1}
+    assert fresh.make("distill", training, **settings).digest == distilled.digest
+
+
+def test_accumulated_batches_make_one_step_of_a_large_one(
+    workshop: Workshop, training: dict[str, Artifact]
+) -> None:
+    whole = workshop.make("distill", training, **(SETTINGS | {"batch_size": 6, "loss": "kd"}))
+    parts = workshop.make(
+        "distill", training, **(SETTINGS | {"loss": "kd", "gradient_accumulation": 3})
+    )
+    losses = [[e["loss"] for e in curve_of(artifact)[1:]] for artifact in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, WEIGHTS], ids=["scales", "weights"])
+def test_killed_after_a_checkpoint_it_ends_with_the_same_bytes(
+    killed_and_resumed: KilledAndResumed,
+    training: dict[str, Artifact],
+    workshop: Workshop,
+    settings: dict[str, Any],
+) -> None:
+    undisturbed = workshop.make("distill", training, **settings)
+    resumed = killed_and_resumed(
+        "distill", training, ".scratch/*/checkpoint-4/state.json", **settings
+    )
+    assert resumed.digest == undisturbed.digest
+
+
+def test_ended_between_early_stop_and_artifact_it_ends_with_the_same_bytes(
+    workshop: Workshop,
+    fresh: Workshop,
+    training: dict[str, Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = TOO_FAST | {"patience": 2, "save_every": 1}
+    undisturbed = workshop.make("distill", training, **settings)
+
+    def fail(*arguments: object) -> None:
+        raise OSError("the machine went down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "write_requantized", fail)
+        with pytest.raises(OSError, match="went down"):
+            fresh.make("distill", training, **settings)
+    assert fresh.make("distill", training, **settings).digest == undisturbed.digest
+
+
+def test_a_loss_that_is_no_number_ends_the_stage(
+    fresh: Workshop, training: dict[str, Artifact]
+) -> None:
+    with pytest.raises(StageFailedError, match="the loss is .* at step") as caught:
+        fresh.make("distill", training, **(SETTINGS | {"scale_lr": 1e30}))
+    assert "--scale-lr" in caught.value.hint
+    assert fresh.store.artifacts() == []
+
+
+def test_a_last_measurement_that_is_no_number_ends_the_stage_or_keeps_the_best(
+    fresh: Workshop, training: dict[str, Artifact], start: Artifact
+) -> None:
+    settings = SETTINGS | {"scale_lr": 1e30, "steps": 1}
+    try:
+        kept = fresh.make("distill", training, **settings)
+    except StageFailedError:
+        return
+    assert torch.equal(
+        tensors_of(kept)["model.layers.0.mlp.up_proj.alpha"],
+        tensors_of(start)["model.layers.0.mlp.up_proj.alpha"],
+    )
+
+
+def test_scales_that_float16_can_not_hold_end_the_stage(
+    fresh: Workshop, workshop: Workshop, training: dict[str, Artifact], llama: Artifact
+) -> None:
+    nothing_held_out = workshop.calibrate(llama, held_out=0)
+    inputs = training | {"calibration": nothing_held_out}
+    with pytest.raises(StageFailedError):
+        fresh.make("distill", inputs, batch_size=2, steps=1, warmup_steps=0, scale_lr=1e8)
+
+
+def test_without_a_held_out_part_the_last_step_is_kept(
+    workshop: Workshop, training: dict[str, Artifact], llama: Artifact
+) -> None:
+    inputs = training | {"calibration": workshop.calibrate(llama, held_out=0)}
+    outcome = workshop.run("distill", inputs, **SETTINGS)
+    assert outcome.metrics["best_step"] == outcome.metrics["steps"] == 12
+    assert outcome.metrics["held_out_loss"] is None
+
+
+def test_a_teacher_that_gives_no_numbers_ends_the_stage(
+    fresh: Workshop, training: dict[str, Artifact], llama: Artifact, tmp_path: Path
+) -> None:
+    for path in llama.path.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(llama.path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    broken = Artifact(tmp_path, "model", llama.digest, {})
+    with pytest.raises(DbllmError) as caught:
+        fresh.make("distill", training | {"model": broken}, **SETTINGS)
+    assert caught.value.exit_code in (5, 6)
+    assert "please report" not in caught.value.hint
+
+
+@pytest.mark.shared_data
+def test_a_trained_models_held_out_loss_improves(workshop: Workshop, stories: Artifact) -> None:
+    calibration = workshop.calibrate(
+        stories, num_samples=16, held_out=8, sequence_length=64, batch_size=24
+    )
+    student = workshop.make("init-fdb", {"model": stories, "calibration": calibration})
+    inputs = {"student": student, "model": stories, "calibration": calibration}
+    settings = {"steps": 10, "eval_every": 5, "latent_lr": 5e-3, "scale_lr": 5e-3}
+    for train in ("scales", "weights"):
+        metrics = workshop.run("distill", inputs, train=train, **settings).metrics
+        assert metrics["held_out_loss"] < metrics["held_out_loss_start"] - 0.05

@@ -1,0 +1,172 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dbllm_cli.errors import StageFailedError
+from dbllm_cli.llm.models import load_model
+from dbllm_cli.store import Artifact
+from tests.conftest import Workshop
+from tests.stages.conftest import KilledAndResumed
+from tests.tiny_models import dequantized
+
+SETTINGS: dict[str, Any] = {"batch_size": 3, "passes": 12, "warmup_steps": 1}
+ALMOST_STILL: dict[str, Any] = SETTINGS | {"passes": 1, "latent_lr": 1e-12, "scale_lr": 1e-12}
+
+
+@pytest.fixture
+def reconstructed(workshop: Workshop, training: dict[str, Artifact]) -> Artifact:
+    return workshop.make("reconstruct", training, **SETTINGS)
+
+
+def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
+    return load_file(artifact.path / "model.safetensors")
+
+
+def block_errors(fdb: Artifact, folder: Path, ids: torch.Tensor) -> list[float]:
+    """Mean over tokens of the relative square error of each block's output, in the whole model.
+
+    The output of the last block is read before the final norm.
+    """
+    outputs: list[list[torch.Tensor]] = []
+    for path in (folder, fdb.path):
+        model, seen = load_model(path, torch.float32), []
+        for block in model.model.layers:
+            block.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            model(ids)
+        outputs.append([o[0] if isinstance(o, tuple) else o for o in seen])
+    return [
+        float(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
+        for theirs, ours in zip(*outputs, strict=True)
+    ]
+
+
+def test_every_blocks_output_comes_nearer_to_the_teachers(
+    reconstructed: Artifact, start: Artifact, llama_folder: Path, calibration: Artifact
+) -> None:
+    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
+    before = block_errors(start, llama_folder, ids)
+    after = block_errors(reconstructed, llama_folder, ids)
+    assert all(new < 0.9 * old for new, old in zip(after, before, strict=True))
+
+
+def test_the_errors_that_it_tells_are_those_of_the_stored_model(
+    workshop: Workshop,
+    training: dict[str, Artifact],
+    llama_folder: Path,
+    calibration: Artifact,
+) -> None:
+    outcome = workshop.run("reconstruct", training, **SETTINGS)
+    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
+    errors = block_errors(outcome.artifact, llama_folder, ids)
+    told = [block["error_after"] for block in outcome.metrics["blocks"]]
+    assert told == pytest.approx(errors, rel=0.02)
+    assert all(block["error_after"] < block["error_before"] for block in outcome.metrics["blocks"])
+
+
+def test_what_is_stored_is_what_the_latent_weights_give(reconstructed: Artifact) -> None:
+    tensors = tensors_of(reconstructed)
+    latents = load_file(reconstructed.path / "latents.safetensors")
+    assert len(latents) == 14
+    for name, latent in latents.items():
+        planes, alpha = tensors[f"{name}.weight"], tensors[f"{name}.alpha"]
+        first, second = alpha.float().repeat_interleave(64, dim=-1)[..., : latent.shape[1]]
+        levels = torch.stack((torch.zeros_like(first), second, first, first + second))
+        nearest = (levels - latent).abs().min(0).values
+        dense = dequantized(planes, alpha, latent.shape[1])
+        torch.testing.assert_close((dense - latent).abs(), nearest, rtol=0, atol=1e-6)
+
+
+def test_training_starts_from_the_planes_as_they_are(
+    workshop: Workshop, training: dict[str, Artifact], start: Artifact
+) -> None:
+    assert not list(start.path.glob("latents*"))
+    still = workshop.make("reconstruct", training, **ALMOST_STILL)
+    for name, tensor in tensors_of(start).items():
+        assert torch.equal(tensor, tensors_of(still)[name]), name
+
+
+def test_training_goes_on_from_stored_latent_weights(
+    workshop: Workshop, training: dict[str, Artifact], reconstructed: Artifact
+) -> None:
+    student = training | {"student": reconstructed}
+    still = workshop.make("reconstruct", student, **ALMOST_STILL)
+    before, after = (
+        load_file(artifact.path / "latents.safetensors") for artifact in (reconstructed, still)
+    )
+    for name, latent in before.items():
+        torch.testing.assert_close(after[name], latent, rtol=0, atol=1e-7)
+    for name, tensor in tensors_of(reconstructed).items():
+        assert torch.equal(tensor, tensors_of(still)[name]), name
+
+
+def test_latent_weights_are_left_out_when_told_to(
+    workshop: Workshop, training: dict[str, Artifact], reconstructed: Artifact
+) -> None:
+    without = workshop.make("reconstruct", training, **SETTINGS, keep_latents=False)
+    assert not list(without.path.glob("latents*"))
+    for name, tensor in tensors_of(reconstructed).items():
+        assert torch.equal(tensor, tensors_of(without)[name]), name
+
+
+def test_layers_left_out_by_init_fdb_stay_as_they_are(
+    workshop: Workshop, training: dict[str, Artifact], llama: Artifact
+) -> None:
+    student = workshop.make("init-fdb", {"model": llama}, exclude=("*.layers.0.*", "*.q_proj"))
+    trained = workshop.make("reconstruct", training | {"student": student}, **SETTINGS)
+    before, after = tensors_of(student), tensors_of(trained)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".layers.1." in name and "q_proj" not in name for name in changed)
+
+
+def test_killed_after_its_first_block_it_ends_with_the_same_bytes(
+    killed_and_resumed: KilledAndResumed, training: dict[str, Artifact], reconstructed: Artifact
+) -> None:
+    resumed = killed_and_resumed(
+        "reconstruct", training, ".scratch/*/streams-0/state.json", **SETTINGS
+    )
+    assert resumed.digest == reconstructed.digest
+
+
+def test_the_seed_alone_draws_the_order(
+    workshop: Workshop,
+    fresh: Workshop,
+    training: dict[str, Artifact],
+    reconstructed: Artifact,
+) -> None:
+    torch.manual_seed(99)
+    assert fresh.make("reconstruct", training, **SETTINGS).digest == reconstructed.digest
+    other = workshop.make("reconstruct", training, **SETTINGS, seed=1)
+    assert other.digest != reconstructed.digest
+
+
+def test_bfloat16_comes_close_to_float32(
+    workshop: Workshop, training: dict[str, Artifact]
+) -> None:
+    errors = [
+        workshop.run("reconstruct", training, **SETTINGS, compute_dtype=dtype).metrics["mean_error"]
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
+def test_a_loss_that_is_no_number_ends_the_stage(
+    fresh: Workshop, training: dict[str, Artifact]
+) -> None:
+    with pytest.raises(StageFailedError, match="the loss of block 0 is") as caught:
+        fresh.make("reconstruct", training, **(SETTINGS | {"latent_lr": 1e30, "scale_lr": 1e30}))
+    assert "--latent-lr" in caught.value.hint
+    assert fresh.store.artifacts() == []
+
+
+def test_scales_that_float16_can_not_hold_end_the_stage(
+    fresh: Workshop, training: dict[str, Artifact]
+) -> None:
+    one_step = {"batch_size": 6, "passes": 1, "warmup_steps": 0, "scale_lr": 1e8}
+    with pytest.raises(StageFailedError):
+        fresh.make("reconstruct", training, **one_step)

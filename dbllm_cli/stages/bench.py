@@ -68,7 +68,22 @@ def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Me
         for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "weight_bytes")
     }
     result["accounting"] = _accounting(contenders[1].model)
+    _show(result, ctx)
     return result
+
+
+def _show(result: Metrics, ctx: Context) -> None:
+    dense, packed, ratio = result["dense"], result["packed"], result["packed_over_dense"]
+    rows = [
+        (key.replace("_", " "), dense[key], packed[key], ratio.get(key, ""))
+        for key in (
+            "prefill_tokens_per_second",
+            "decode_tokens_per_second",
+            "weight_bytes",
+            "peak_memory_mib",
+        )
+    ]
+    ctx.progress.table("bench", ("figure", "dense", "packed", "packed / dense"), rows)
 
 
 # -- speed ---------------------------------------------------------------------------

@@ -129,13 +129,15 @@ def _show_outcomes(
     rows = [
         (
             outcome.step,
-            seconds_text(outcome.seconds) if outcome.ran else "up to date",
+            "made" if outcome.ran else "up to date",
+            seconds_text(outcome.seconds),
+            f"{outcome.artifact.manifest['provenance']['peak_memory_mib']:.0f} MiB",
             outcome.artifact.path,
             _figures(outcome.metrics),
         )
         for outcome in outcomes
     ]
-    console.print_table(("step", "time", "artifact", "figures"), rows)
+    console.print_table(("step", "", "time", "peak memory", "artifact", "figures"), rows)
 
 
 def _figures(metrics: dict[str, Any]) -> str:

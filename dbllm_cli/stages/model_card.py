@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dbllm_cli.stages.comparison import EvalResult, comparable_groups
+from dbllm_cli.stages.comparison import EvalResult, comparable_groups, paired_difference
 from dbllm_cli.store import Artifact
 
 
@@ -63,11 +63,14 @@ def _perplexities(results: Iterable[EvalResult]) -> list[str]:
         lines += [
             f"## Perplexity: {group[0].what}",
             "",
-            "| model | perplexity | standard error of ln |",
+            "| model | perplexity | ln, against the first row (paired standard error) |",
             "|---|---|---|",
         ]
         for result in group:
-            error = f"{result.standard_error:.4f}"
-            lines.append(f"| {result.kind} `{result.model}` | {result.perplexity:.3f} | {error} |")
+            difference, error = paired_difference(result, group[0])
+            compared = f"{difference:+.4f} ± {error:.4f}" if result is not group[0] else ""
+            lines.append(
+                f"| {result.kind} `{result.model}` | {result.perplexity:.3f} | {compared} |"
+            )
         lines.append("")
     return lines

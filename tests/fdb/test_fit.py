@@ -29,9 +29,7 @@ def _error(
     return float((nearest**2 * importance).sum() / (exact**2 * importance).sum())
 
 
-@pytest.mark.parametrize(
-    ("method", "expected"), [("paper", 0.170), ("mse", 0.124), ("als", 0.115)]
-)
+@pytest.mark.parametrize(("method", "expected"), [("paper", 0.170), ("mse", 0.124), ("als", 0.115)])
 def test_the_error_on_unit_normal_weights_is_the_known_one(method: str, expected: float) -> None:
     matrix = _normal(256, 1024)
     alpha = fit_scales(matrix, 64, method)
@@ -160,5 +158,3 @@ def test_least_squares_scales_equal_numpy_s_where_the_signs_are_right() -> None:
         torch.tensor(weights), torch.tensor(importance), *torch.tensor(planes).bool()
     )
     assert [float(scale) for scale in scales] == pytest.approx(expected.tolist(), rel=1e-9)
-
-

@@ -47,7 +47,11 @@ def _batch() -> _Batch:
     ids = torch.randint(VOCABULARY, (BATCH, TOKENS), generator=generator)
     shape = (BATCH, TOKENS, HIDDEN)
     return _Batch(
-        normal(*shape), normal(*shape) * 1.5, ids, normal(HIDDEN, VOCABULARY), normal(HIDDEN, VOCABULARY)
+        normal(*shape),
+        normal(*shape) * 1.5,
+        ids,
+        normal(HIDDEN, VOCABULARY),
+        normal(HIDDEN, VOCABULARY),
     )
 
 
@@ -145,13 +149,21 @@ def test_next_token_loss_leaves_the_last_token_without_gradient() -> None:
 
 def test_the_gradient_has_the_dtype_of_the_hidden_states_and_the_loss_is_float32() -> None:
     batch = _batch()
-    half = _Batch(batch.student.bfloat16(), batch.teacher.bfloat16(), batch.ids, batch.student_head, batch.teacher_head)
+    half = _Batch(
+        batch.student.bfloat16(),
+        batch.teacher.bfloat16(),
+        batch.ids,
+        batch.student_head,
+        batch.teacher_head,
+    )
     with torch.no_grad():
         result = half.loss(DistillationLoss("kd"))
     assert result.gradient.dtype == torch.bfloat16
     assert result.loss.dtype == torch.float32
     reference = batch.loss(DistillationLoss("kd")).gradient
-    assert torch.allclose(result.gradient.float(), reference, atol=2e-2 * float(reference.abs().max()))
+    assert torch.allclose(
+        result.gradient.float(), reference, atol=2e-2 * float(reference.abs().max())
+    )
 
 
 def test_the_relative_error_is_the_mean_of_each_token_s_error_over_its_own_size() -> None:

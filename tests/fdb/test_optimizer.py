@@ -46,7 +46,10 @@ def test_the_schedule_needs_no_warm_up_and_stands_a_warm_up_as_long_as_the_run()
 
 def test_the_first_step_moves_each_layer_by_its_rate_relative_to_mean_alpha1() -> None:
     layers = _layers()
-    before, sizes = _values(layers), [float(lay.alpha[0].detach().abs().mean()) for lay in layers.values()]
+    before, sizes = (
+        _values(layers),
+        [float(lay.alpha[0].detach().abs().mean()) for lay in layers.values()],
+    )
     optimizer = RelativeAdamW(layers, LATENT_LR, SCALE_LR)
     _backward(layers, 0)
     optimizer.step(0.5)
@@ -85,7 +88,9 @@ def test_tiny_gradients_move_as_far_as_large_ones() -> None:
             assert parameter.grad is not None
             parameter.grad.mul_(scale)
         optimizer.step(1.0)
-        moves.append(torch.cat([(b - a).flatten() for a, b in zip(before, _values(layers), strict=True)]))
+        moves.append(
+            torch.cat([(b - a).flatten() for a, b in zip(before, _values(layers), strict=True)])
+        )
     assert (moves[0].abs().mean() - moves[1].abs().mean()).abs() < 0.1 * moves[0].abs().mean()
 
 

@@ -78,7 +78,9 @@ def test_the_paired_difference_is_of_mean_losses_with_the_error_of_the_differenc
     assert mean == pytest.approx(differences.mean())
     assert error == pytest.approx(differences.std(ddof=1) / math.sqrt(20))
     assert error < 0.1 * _result(tuple(first), tokens).standard_error
-    assert paired_difference(_result(tuple(second), tokens), _result(tuple(first), tokens))[0] == -mean
+    assert (
+        paired_difference(_result(tuple(second), tokens), _result(tuple(first), tokens))[0] == -mean
+    )
 
 
 def test_results_of_different_protocol_or_data_are_never_compared() -> None:

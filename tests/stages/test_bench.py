@@ -1,0 +1,115 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.pipeline.run import Outcome
+from dbllm_cli.stages import bench
+from dbllm_cli.stages.peak_memory import peak_memory_mib
+from dbllm_cli.store import Artifact
+from tests.conftest import Workshop
+from tests.tiny_models import planes_of
+
+SHORT: dict[str, Any] = {"prompt_tokens": 12, "decode_tokens": 3, "repeats": 3}
+
+
+@pytest.fixture
+def packed(workshop: Workshop, start: Artifact) -> Artifact:
+    return workshop.make("pack", {"fdb": start})
+
+
+@pytest.fixture
+def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the processes that measure the memory: they take seconds."""
+    monkeypatch.setattr(bench, "peak_memory_mib", lambda folder, **options: 100.0)
+
+
+@pytest.fixture
+def outcome(
+    workshop: Workshop, llama: Artifact, packed: Artifact, without_memory: None
+) -> Outcome:
+    return workshop.run("bench", {"model": llama, "packed": packed}, **SHORT)
+
+
+def test_both_models_are_timed(outcome: Outcome) -> None:
+    for name in ("dense", "packed"):
+        figures = outcome.metrics[name]
+        for part, tokens in (("prefill", 12), ("decode", 3)):
+            seconds = figures[f"{part}_seconds"]
+            assert 0 < seconds["fastest"] <= seconds["median"] <= seconds["slowest"]
+            speed = figures[f"{part}_tokens_per_second"]
+            assert speed == pytest.approx(tokens / seconds["median"], rel=0.01)
+        assert figures["peak_memory_mib"] == 100.0
+    for key, ratio in outcome.metrics["packed_over_dense"].items():
+        packed, dense = outcome.metrics["packed"][key], outcome.metrics["dense"][key]
+        assert ratio == pytest.approx(packed / dense, rel=0.01)
+    assert outcome.metrics["threads"] == 1
+    assert outcome.metrics["device"] == "cpu"
+
+
+def test_the_weight_bytes_are_those_of_the_tensors(
+    workshop: Workshop, llama: Artifact, packed: Artifact, without_memory: None
+) -> None:
+    metrics = workshop.run(
+        "bench", {"model": llama, "packed": packed}, **SHORT, compute_dtype="bfloat16"
+    ).metrics
+    for name, artifact in (("dense", llama), ("packed", packed)):
+        tensors = load_file(artifact.path / "model.safetensors").values()
+        size = {torch.float32: 2, torch.bfloat16: 2, torch.float16: 2, torch.uint8: 1}
+        expected = sum(tensor.numel() * size[tensor.dtype] for tensor in tensors)
+        # The rotary embedding's frequencies stand beside the weights.
+        assert expected <= metrics[name]["weight_bytes"] <= expected + 128
+
+
+def test_the_accounting_counts_ones_zeros_and_levels(outcome: Outcome, packed: Artifact) -> None:
+    tensors = load_file(packed.path / "model.safetensors")
+    b1, b2 = torch.cat(
+        [
+            planes_of(tensor, 100 if "down_proj" in name else 64).flatten(1)
+            for name, tensor in tensors.items()
+            if tensor.dtype == torch.uint8
+        ],
+        dim=1,
+    ).double()
+    accounting = outcome.metrics["accounting"]
+    assert accounting["quantized_weights"] == b1.numel()
+    assert accounting["zeros_b1"] == pytest.approx(1 - float(b1.mean()), abs=1e-5)
+    assert accounting["zeros_b2"] == pytest.approx(1 - float(b2.mean()), abs=1e-5)
+    assert accounting["additions_per_weight"] == pytest.approx(float((b1 + b2).mean()), abs=1e-5)
+    shares = [float((b1 * 2 + b2 == level).double().mean()) for level in range(4)]
+    entropy = -sum(share * math.log2(share) for share in shares)
+    assert accounting["level_entropy_bits"] == pytest.approx(entropy, abs=1e-4)
+
+
+def test_it_measures_every_time(
+    workshop: Workshop, llama: Artifact, packed: Artifact, without_memory: None
+) -> None:
+    inputs = {"model": llama, "packed": packed}
+    assert workshop.run("bench", inputs, **SHORT).ran
+    assert workshop.run("bench", inputs, **SHORT).ran
+
+
+def test_a_dense_export_is_refused(
+    workshop: Workshop, llama: Artifact, start: Artifact, without_memory: None
+) -> None:
+    dense = workshop.make("pack", {"fdb": start}, format="dense")
+    with pytest.raises(ConfigError, match="dense export"):
+        workshop.run("bench", {"model": llama, "packed": dense}, **SHORT)
+
+
+def test_the_peak_memory_is_the_models_own_not_that_of_the_process_that_asks(
+    packed: Artifact,
+) -> None:
+    block = b"\x01" * (1200 * 2**20)
+    del block
+    peak = peak_memory_mib(
+        packed.path,
+        compute_dtype="float32",
+        shape=(1, 8, 2),
+        device="cpu",
+        trust_remote_code=False,
+    )
+    assert 100 < peak < 1000

@@ -1,0 +1,172 @@
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dbllm_cli.llm.models import load_model
+from dbllm_cli.store import Artifact
+from tests.conftest import Workshop
+from tests.tiny_models import dequantized, save_model
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def packed(workshop: Workshop, start: Artifact) -> Artifact:
+    return workshop.make("pack", {"fdb": start})
+
+
+def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
+    files = sorted(artifact.path.glob("model*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def header_size(file: Path) -> int:
+    with file.open("rb") as opened:
+        return 8 + int(struct.unpack("<Q", opened.read(8))[0])
+
+
+def test_unpacking_gives_exactly_what_training_ended_with(
+    workshop: Workshop, training: dict[str, Artifact]
+) -> None:
+    trained = workshop.make("reconstruct", training, batch_size=3)
+    packed = workshop.make("pack", {"fdb": trained})
+    before, after = tensors_of(trained), tensors_of(packed)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    assert list(trained.path.glob("latents*"))
+    assert not list(packed.path.glob("latents*"))
+
+
+def test_the_size_on_disk_is_that_of_the_arithmetic(workshop: Workshop, start: Artifact) -> None:
+    outcome = workshop.run("pack", {"fdb": start})
+    # A row of 64 inputs: 8 bytes in each plane, one group; of 100: 13 bytes and two groups.
+    rows = 2 * (64 + 32 + 32 + 64 + 100 + 100)
+    short_rows = 2 * 64
+    quantized = rows * (2 * 8 + 2 * 2) + short_rows * (2 * 13 + 2 * 2 * 2)
+    others = 2 * (288 * 64 * 2 + 5 * 64)
+    file = outcome.artifact.path / "model.safetensors"
+    assert file.stat().st_size - header_size(file) == quantized + others
+    assert outcome.metrics["weight_bytes"] == quantized + others
+    weights = rows * 64 + short_rows * 100
+    assert outcome.metrics["quantized_weights"] == weights
+    bits = outcome.metrics["bits_per_quantized_weight"]
+    assert bits == pytest.approx(quantized * 8 / weights, abs=1e-5)
+
+
+def test_shards_hold_the_same_tensors_and_load(
+    workshop: Workshop, start: Artifact, packed: Artifact
+) -> None:
+    sharded = workshop.make("pack", {"fdb": start}, shard_size=3e-5)
+    files = sorted(path.name for path in sharded.path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    largest = max((sharded.path / file).stat().st_size for file in files[1:])
+    assert largest < 45_000
+    for name, tensor in tensors_of(packed).items():
+        assert torch.equal(tensor, tensors_of(sharded)[name]), name
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        logits = [load_model(item.path, torch.float32)(ids).logits for item in (packed, sharded)]
+    assert torch.equal(*logits)
+
+
+def test_the_dense_format_equals_the_dequantized_weights(
+    workshop: Workshop, start: Artifact, llama_folder: Path
+) -> None:
+    dense = workshop.make("pack", {"fdb": start}, format="dense")
+    config = json.loads((dense.path / "config.json").read_text())
+    assert "quantization_config" not in config
+    model = AutoModelForCausalLM.from_pretrained(dense.path)
+    assert model.dtype == torch.bfloat16
+    stored, originals = tensors_of(start), load_file(llama_folder / "model.safetensors")
+    assert tensors_of(dense).keys() == originals.keys()
+    for name, tensor in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if f"{layer}.alpha" in stored:
+            alpha = stored[f"{layer}.alpha"]
+            expected = dequantized(stored[name], alpha, originals[name].shape[1]).bfloat16()
+        else:
+            expected = stored[name]
+        assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.parametrize("format_name", ["packed", "dense"])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_tied_embeddings_stay_tied_and_are_stored_once(
+    workshop: Workshop, tmp_path: Path, family: str, format_name: str
+) -> None:
+    model = workshop.model(save_model(tmp_path / "tied", family))
+    fdb = workshop.make("init-fdb", {"model": model}, method="mse")
+    packed = workshop.make("pack", {"fdb": fdb}, format=format_name)
+    assert [name for name, tensor in tensors_of(packed).items() if 288 in tensor.shape] == [
+        "transformer.wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
+    ]
+    loaded = load_model(packed.path, torch.float32)
+    embedding, output = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    assert embedding.weight.data_ptr() == output.weight.data_ptr()
+
+
+def test_other_files_of_the_models_folder_are_kept_and_weights_are_not(
+    workshop: Workshop, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 2, "top_k": 17}')
+    (folder / "LICENSE").write_text("as you like")
+    (folder / "merges.txt").write_text("#version: 0.2")
+    (folder / "README.md").write_text("the model's own card")
+    for weights in ("pytorch_model.bin", "model.onnx", "tf_model.h5", "consolidated.pth"):
+        (folder / weights).write_bytes(b"weights")
+    fdb = workshop.make("init-fdb", {"model": workshop.model(folder)}, method="mse")
+    packed = workshop.make("pack", {"fdb": fdb})
+    kept = {path.name for path in folder.iterdir()} - {"config.json", "model.safetensors"}
+    for name in kept - {"README.md"}:
+        is_weights = name.endswith((".bin", ".onnx", ".h5", ".pth"))
+        assert (packed.path / name).is_file() != is_weights, name
+        if not is_weights:
+            assert (packed.path / name).read_bytes() == (folder / name).read_bytes(), name
+    assert "the model's own card" not in (packed.path / "README.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(packed.path)
+    message = [{"role": "user", "content": "hello"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False) == "hello"
+    assert load_model(packed.path, torch.float32).generation_config.top_k == 17
+
+
+def test_the_model_card_holds_the_figures_each_protocol_in_a_table_of_its_own(
+    workshop: Workshop, start: Artifact, llama: Artifact, text_file: Path
+) -> None:
+    short: dict[str, Any] = {"text": str(text_file), "sequence_length": 16, "max_windows": 4}
+    evals = [
+        workshop.run("eval-ppl", {"model": model}, **(short | settings))
+        for settings in ({}, {"protocol": "strided", "stride": 8}, {"max_windows": 3})
+        for model in (llama, start)
+    ]
+    inputs = {f"evals.{number}": outcome.artifact for number, outcome in enumerate(evals)}
+    outcome = workshop.run("pack", {"fdb": start, **inputs})
+    card = (outcome.artifact.path / "README.md").read_text()
+    parts = card.split("## Perplexity: ")[1:]
+    assert len(parts) == 3
+    for part, two in zip(parts, (evals[0:2], evals[2:4], evals[4:6]), strict=True):
+        rows = [line for line in part.splitlines() if line.startswith(("| model `", "| fdb `"))]
+        assert part.startswith(two[0].metrics["what"])
+        for result, row in zip(two, rows, strict=True):
+            assert f"| {result.metrics['perplexity']:.3f} |" in row
+    assert f"{outcome.metrics['bits_per_quantized_weight']} bits per quantized weight" in card
+    assert '"stage": "init-fdb"' in card
+    assert "2 bits" not in card
+    assert "import dbllm_cli.hf" in card
+
+
+def test_the_same_inputs_give_the_same_bytes(
+    fresh: Workshop, packed: Artifact, start: Artifact
+) -> None:
+    assert fresh.make("pack", {"fdb": start}).digest == packed.digest

@@ -192,6 +192,12 @@ class EvalPplConfig(TextConfig):
     batch_size: int = Field(1, gt=0, description="windows run at once")
     compute_dtype: ComputeDtype = Field("float32", description=_COMPUTE)
 
+    @model_validator(mode="after")
+    def _windows_overlap(self) -> "EvalPplConfig":
+        if self.protocol == "strided" and self.stride >= self.sequence_length:
+            raise ValueError("strided needs a stride below sequence_length")
+        return self
+
 
 class BenchConfig(StageConfig):
     """Settings of `bench`."""

@@ -19,6 +19,12 @@ class DbllmError(Exception):
         self.hint = hint
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class UsageError(DbllmError):
     """The command line is not one that dbllm takes."""
 

@@ -130,7 +130,9 @@ def test_an_empty_text_is_told(
 def test_too_short_a_text_tells_how_much_there_is(
     fresh: Workshop, llama: Artifact, text_file: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="gives 25 sequences of 24 tokens, 30 are needed") as caught:
+    with pytest.raises(
+        ConfigError, match="gives 25 sequences of 24 tokens, 30 are needed"
+    ) as caught:
         fresh.calibrate(llama, source="text", text=str(text_file), num_samples=27)
     assert "num_samples to at most 22" in caught.value.hint
 
@@ -176,7 +178,7 @@ def test_a_student_of_another_model_is_refused(
 ) -> None:
     other = workshop.model(save_model(tmp_path / "other", "mistral"))
     inputs = {"student": start, "model": other, "calibration": workshop.calibrate(other)}
-    with pytest.raises(ArtifactMissingError, match="student .* was made from another model"):
+    with pytest.raises(ArtifactMissingError, match=r"student .* was made from another model"):
         workshop.run("distill", inputs)
 
 

@@ -76,9 +76,7 @@ def test_a_family_goes_from_start_to_packed(
 
 @pytest.mark.parametrize("family", ["gemma2", "opt", "gpt2", "gpt-neox"])
 @pytest.mark.parametrize("train", ["scales", "weights"])
-def test_a_family_is_distilled(
-    workshop: Workshop, tmp_path: Path, family: str, train: str
-) -> None:
+def test_a_family_is_distilled(workshop: Workshop, tmp_path: Path, family: str, train: str) -> None:
     model = workshop.model(save_model(tmp_path / family, family))
     calibration = workshop.calibrate(model, num_samples=5, sequence_length=20)
     start = workshop.make("init-fdb", {"model": model, "calibration": calibration})

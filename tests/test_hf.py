@@ -72,9 +72,7 @@ def test_changing_the_dtype_leaves_planes_and_scales(packed: Path) -> None:
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)
 def test_a_device_map_is_followed(packed: Path, device_map: str | dict[str, str]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        packed, dtype=torch.float32, device_map=device_map
-    )
+    model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32, device_map=device_map)
     expected = logits_of(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32))
     torch.testing.assert_close(logits_of(model).cpu(), expected, rtol=1e-4, atol=1e-4)
 

@@ -23,7 +23,9 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 def needs_shared_data(pipeline: Pipeline) -> bool:
     texts = [getattr(step.config, "text", None) for step in pipeline.steps]
-    return any("../shared/" in reference for reference in (pipeline.model.path, *filter(None, texts)))
+    return any(
+        "../shared/" in reference for reference in (pipeline.model.path, *filter(None, texts))
+    )
 
 
 def test_there_are_pipelines() -> None:

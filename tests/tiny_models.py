@@ -83,19 +83,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 
 def save_tokenizer(folder: Path) -> None:
     """A tokenizer of bytes that begins every text with `<s>`."""
-    special = ("<unk>", "<s>", "</s>")
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate((*special, *letters))}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))  # noqa: S106
-    tokenizer.add_special_tokens(list(special))
+    vocabulary = {token: number for number, token in enumerate((*special.values(), *letters))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=special["unk_token"]))
+    tokenizer.add_special_tokens(list(special.values()))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def build_model(config: PreTrainedConfig) -> PreTrainedModel:

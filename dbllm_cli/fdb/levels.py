@@ -114,13 +114,12 @@ def clamp_to_cells(
         alpha2: `[..., 1]`.
     """
     levels = sorted_levels(alpha1, alpha2)
-    value = alpha1 * b1 + alpha2 * b2
-    order = torch.stack(levels.borders, dim=-1).expand(*grouped.shape, 3)
-    infinite = torch.full_like(order[..., :1], torch.inf)
-    edges = torch.cat((-infinite, order, infinite), dim=-1)
-    rank = (value.unsqueeze(-1) > order).sum(-1, keepdim=True)
-    lower = edges.gather(-1, rank).squeeze(-1)
-    upper = edges.gather(-1, rank + 1).squeeze(-1)
-    inset_lower = torch.where(lower.isinf(), lower, lower + (value - lower) * 1e-3)
-    inset_upper = torch.where(upper.isinf(), upper, upper - (upper - value) * 1e-3)
-    return torch.minimum(torch.maximum(grouped, inset_lower), inset_upper)
+    borders = torch.stack(levels.borders, dim=-1).expand(*grouped.shape, 3)
+    infinite = torch.full_like(borders[..., :1], torch.inf)
+    edges = torch.cat((-infinite, borders, infinite), dim=-1)
+    first, second = b1.long(), b2.long()
+    rank = torch.where(alpha1 + alpha2 >= 0, 1 + 2 * first - second, 2 + first - 2 * second)
+    lower = edges.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
+    upper = edges.gather(-1, rank.unsqueeze(-1) + 1).squeeze(-1)
+    inset = torch.minimum(upper - lower, levels.highest - levels.lowest) * 1e-3
+    return torch.minimum(torch.maximum(grouped, lower + inset), upper - inset)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.groups import from_groups, to_groups
 from dbllm_cli.fdb.levels import assign_planes, project_signs
 from dbllm_cli.fdb.packing import pack_planes
@@ -89,11 +90,13 @@ def round_scales(alpha: Tensor) -> Tensor:
         alpha: `[2, out, groups]`.
 
     Raises:
-        ValueError: a scale is not finite in float16.
+        StageFailedError: a scale is not finite in float16.
     """
     rounded = torch.stack(project_signs(alpha[0], alpha[1])).to(torch.float16)
     if not torch.isfinite(rounded).all():
-        raise ValueError("a scale is not finite in float16")
+        raise StageFailedError(
+            "a scale is not finite in float16", "lower the learning rates, or leave the layer out"
+        )
     return rounded
 
 
@@ -106,7 +109,7 @@ def quantize_matrix(matrix: Tensor, alpha: Tensor, group_size: int) -> Quantized
         group_size: inputs that share two scales.
 
     Raises:
-        ValueError: a scale is not finite in float16.
+        StageFailedError: a scale is not finite in float16.
     """
     rounded = round_scales(alpha)
     scales = rounded.to(torch.float32).unsqueeze(-1)

@@ -51,7 +51,7 @@ def _gradient_to_inputs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.group_size,
         grad.dtype,
     )
-    bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+    bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
     return grad @ dense, None, None, bias, None
 
 

@@ -1,12 +1,9 @@
 """The packed product in plain torch: what every faster route is compared with."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 
-@functools.cache
 def _byte_bits(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The 8 bits of each byte value, least significant first: `[256, 8]`."""
     values = torch.arange(256, device=device).unsqueeze(-1)

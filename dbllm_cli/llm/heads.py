@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dbllm_cli.errors import ConfigError
+from dbllm_cli.errors import ArtifactCorruptError, ConfigError
 from dbllm_cli.fdb.losses import Head
 
 
@@ -22,6 +22,7 @@ def head(model: PreTrainedModel) -> Head:
 
     Raises:
         ConfigError: the model's own logits are not reproduced.
+        ArtifactCorruptError: the model's logits are not finite.
     """
     embeddings = model.get_output_embeddings()
     settings = model.config.get_text_config()
@@ -35,6 +36,11 @@ def head(model: PreTrainedModel) -> Head:
         probe = torch.arange(4, device=model.device).unsqueeze(0)
         own = model(input_ids=probe, use_cache=False).logits.to(torch.float32)
         ours = to_logits(final_hidden(model, probe)).to(torch.float32)
+    if not torch.isfinite(own).all():
+        raise ArtifactCorruptError(
+            f"{model.name_or_path} gives logits that are not finite",
+            "its weights may hold NaN: download, export or train it again",
+        )
     if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.abs().max().item()):
         raise ConfigError(
             f"{type(model).__name__} changes its logits after the output embeddings in a way that "

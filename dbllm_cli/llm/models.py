@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dbllm_cli.errors import ArtifactMissingError, ConfigError
+from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, first_line
 from dbllm_cli.llm.quantizer import register
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 from dbllm_cli.store import Artifact
@@ -90,7 +90,7 @@ def module_tensor_names(model: PreTrainedModel) -> list[str]:
 def _import_model(source: Path, folder: Path, trust_remote_code: bool) -> None:
     with _quiet():
         if source.is_file():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = _from_pretrained(
                 source.parent,
                 gguf_file=source.name,
                 quantization_config=GgufConfig(dequantize=True),
@@ -100,9 +100,7 @@ def _import_model(source: Path, folder: Path, trust_remote_code: bool) -> None:
             tokenizer.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                source, trust_remote_code=trust_remote_code
-            )
+            model = _from_pretrained(source, trust_remote_code=trust_remote_code)
             copy_other_files(source, folder)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -135,7 +133,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         )
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(
-            f"transformers can't read {folder / 'config.json'}: {_first_line(error)}",
+            f"transformers can't read {folder / 'config.json'}: {first_line(error)}",
             "check model_type; for code that comes with the model add --trust-remote-code",
         ) from error
     return config
@@ -154,7 +152,7 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
             )
     except ValueError as error:
         raise ConfigError(
-            f"{config.model_type} is not a causal language model: {_first_line(error)}",
+            f"{config.model_type} is not a causal language model: {first_line(error)}",
             "dbllm quantizes decoder-only transformers models",
         ) from error
     model.tie_weights()
@@ -169,15 +167,42 @@ def load_model(
 
     Raises:
         ConfigError: transformers does not know the architecture.
+        ArtifactCorruptError: the folder lacks a tensor of the model.
     """
     register()
     load_config(folder, trust_remote_code)
     with _quiet():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        model = _from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     moved: Any = model.to(device)  # type: ignore[arg-type]
     return moved.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _from_pretrained(source: Path, **options: Any) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    model: PreTrainedModel = loaded[0]
+    # transformers fills what is missing with random values and goes on.
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise ArtifactCorruptError(
+            f"{source} lacks the tensor {missing[0]} ({len(missing)} missing in all)",
+            "download or export the model again",
+        )
+    return model
+
+
+def require_positions(folder: Path, tokens: int, trust_remote_code: bool = False) -> None:
+    """Refuse sequences that are longer than the model's positions.
+
+    Raises:
+        ConfigError: says how long they may be.
+    """
+    settings = load_config(folder, trust_remote_code).get_text_config()
+    longest = getattr(settings, "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise ConfigError(
+            f"{tokens} tokens are more than the {longest} positions of {folder}",
+            f"use at most {longest}",
+        )
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -210,11 +235,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     except (ValueError, OSError, TypeError, AttributeError) as error:
         raise missing from error
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import latent_start
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
 from dbllm_cli.llm.models import copy_other_files, empty_model, load_config, module_tensor_names
-from dbllm_cli.llm.quantizer import FORMAT_VERSION
+from dbllm_cli.llm.quantizer import FORMAT_VERSION, DbllmConfig
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 
 LATENTS = "latents"
@@ -35,14 +35,14 @@ class PackedFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors = TensorFolder(folder)
-        settings = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+        config = json.loads((folder / "config.json").read_text())
+        settings = config.get("quantization_config", {})
         if settings.get("quant_method") != "dbllm":
             raise ArtifactCorruptError(
                 f"{folder / 'config.json'} has no quantization_config of dbllm",
                 "make the artifact again: dbllm init-fdb",
             )
-        self.group_size: int = settings["group_size"]
-        self.kept: list[str] = settings["modules_to_not_convert"]
+        self.group_size = DbllmConfig(**settings).group_size
         has_latents = any(folder.glob(f"{LATENTS}*.safetensors"))
         self.latents = TensorFolder(folder, LATENTS) if has_latents else None
 

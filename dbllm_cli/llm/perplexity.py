@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -36,8 +37,13 @@ def strided_windows(stream: list[int], sequence_length: int, stride: int) -> lis
     Args:
         stream: token ids.
         sequence_length: tokens of a window; the last may be shorter.
-        stride: tokens between starts, at most sequence_length.
+        stride: tokens between starts, less than sequence_length.
+
+    Raises:
+        ValueError: the windows would not overlap.
     """
+    if stride >= sequence_length:
+        raise ValueError("windows that do not overlap leave tokens unscored")
     ids = torch.tensor(stream, dtype=torch.int64)
     result, scored_up_to = [], 1
     for start in range(0, len(stream), stride):
@@ -66,8 +72,7 @@ def window_losses(
     losses: list[float] = []
     start = 0
     while start < len(windows):
-        length = windows[start].ids.shape[0]
-        batch = [w for w in windows[start : start + batch_size] if w.ids.shape[0] == length]
+        batch = _equally_long(windows[start : start + batch_size])
         ids = torch.stack([window.ids for window in batch]).to(model.device)
         hidden = final_hidden(model, ids)
         for row, window in enumerate(batch):
@@ -75,6 +80,11 @@ def window_losses(
         start += len(batch)
         task.advance(len(batch), perplexity=_running(losses, windows))
     return losses
+
+
+def _equally_long(windows: list[Window]) -> list[Window]:
+    length = len(windows[0].ids)
+    return list(takewhile(lambda window: len(window.ids) == length, windows))
 
 
 def _scored_loss(to_logits: object, hidden: Tensor, ids: Tensor, scored: int) -> float:

@@ -37,7 +37,7 @@ class StreamedModel:
     def _load(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         if tensor.is_floating_point():
             tensor = tensor.to(torch.float32)
-        set_module_tensor_to_device(module, name, self.device, value=tensor)
+        set_module_tensor_to_device(module, name, self.device, value=tensor, dtype=tensor.dtype)
 
     def load_block(self, index: int) -> nn.Module:
         """A block with its weights, float32, on the device."""

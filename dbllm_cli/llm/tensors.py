@@ -14,6 +14,7 @@ from torch import Tensor
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 
 _METADATA = {"format": "pt"}
+_COPY_AGAIN = "copy or download the file again"
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -41,7 +42,7 @@ class TensorFolder:
         self.folder = folder
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map = _weight_map(index)
             self._files = {name: folder / file for name, file in weight_map.items()}
             return
         single = folder / f"{stem}.safetensors"
@@ -62,7 +63,12 @@ class TensorFolder:
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype."""
         with _opened(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+            try:
+                tensor: Tensor = file.get_tensor(name)
+            except SafetensorError as error:
+                raise ArtifactCorruptError(
+                    f"{self._files[name]} has no tensor {name}, which its index names", _COPY_AGAIN
+                ) from error
             return tensor
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -71,12 +77,20 @@ class TensorFolder:
             yield name, self.get(name)
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactCorruptError(f"{index} is not an index of shards", _COPY_AGAIN) from error
+    return weight_map
+
+
 def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ArtifactCorruptError(
-            f"{path} can't be read as safetensors: {error}", "copy or download the file again"
+            f"{path} can't be read as safetensors: {error}", _COPY_AGAIN
         ) from error
 
 
@@ -113,7 +127,7 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._limit:
             self._flush()
-        self._pending[name] = tensor
+        self._pending[name] = tensor.detach().cpu()
         self._pending_bytes += size
         self._total_bytes += size
 

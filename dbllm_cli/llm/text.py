@@ -1,6 +1,7 @@
 """Text from files and datasets, and its tokens."""
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dbllm_cli.errors import ConfigError
+from dbllm_cli.errors import ConfigError, first_line
 
 _SUFFIXES = (".txt", ".raw", ".tokens", ".md", ".jsonl", ".json", ".parquet")
+_STRUCTURED = (".jsonl", ".json", ".parquet")
 DOCUMENT_GAP = "\n\n"
 
 
@@ -22,7 +24,7 @@ class TextSource:
 
     Attributes:
         text: path of a text, JSONL or parquet file, or of a folder of them.
-        dataset: NAME or NAME/CONFIG of a dataset, when `text` is None.
+        dataset: NAME or NAME:CONFIG of a dataset, when `text` is None.
         documents: range START:STOP, or None for all.
         separator: splits a text file into documents; a text file is one document without it.
     """
@@ -56,7 +58,7 @@ class TextSource:
             ConfigError: not a text file, or an empty one.
         """
         path = Path(self.text or "")
-        if self.text is None or not path.is_file() or path.suffix in (".jsonl", ".parquet"):
+        if self.text is None or not path.is_file() or path.suffix in _STRUCTURED:
             raise ConfigError(
                 f"reading raw needs a text file, got {self.text or self.dataset}",
                 "use --reading wikitext-rows for rows of parquet, JSONL and datasets",
@@ -97,7 +99,7 @@ class TextSource:
             rows = load_dataset(name, config or None, split=self.split, revision=self.revision)
         except Exception as error:
             raise ConfigError(
-                f"dataset {self.dataset} can't be loaded: {str(error).splitlines()[0]}",
+                f"dataset {self.dataset} can't be loaded: {first_line(error)}",
                 "check its name, revision and the network, or give a local file as text",
             ) from error
         if self.text_field not in rows.column_names:
@@ -125,18 +127,20 @@ def _parquet_column(path: Path, column: str) -> list[str]:
             raise ConfigError(
                 f"{path} has no column {column}", f"set text_field to one of {', '.join(names)}"
             )
-        texts: list[str] = parquet.read_table(path, columns=[column])[column].to_pylist()
-        return texts
+        texts: list[str | None] = parquet.read_table(path, columns=[column])[column].to_pylist()
+        return [text for text in texts if text is not None]
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"{path} is not a parquet file: {error}", "give another file") from error
 
 
 def _jsonl_field(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            yield str(json.loads(line)[field])
+            text = json.loads(line)[field]
+            if text is not None:
+                yield str(text)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path}:{number}: no JSON object with the field {field}", "set text_field"
@@ -145,7 +149,7 @@ def _jsonl_field(path: Path, field: str) -> Iterator[str]:
 
 def wikitext_rows(content: str) -> list[str]:
     """The rows of the `datasets` version of WikiText from the raw file: lines, blank ones empty."""
-    return ["" if line.strip() == "" else line for line in content.splitlines(keepends=True)]
+    return ["" if line.strip() == "" else line for line in io.StringIO(content, newline="\n")]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> list[int]:
@@ -157,7 +161,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True
 def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer itself puts before a text: most often BOS, or nothing."""
     with_special, plain = tokenize(tokenizer, "a"), tokenize(tokenizer, "a", special=False)
-    return with_special[: len(with_special) - len(plain)] if with_special != plain else []
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
+    return []
 
 
 def document_stream(

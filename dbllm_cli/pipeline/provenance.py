@@ -1,7 +1,6 @@
 """How an artifact was made: kept beside it, never part of its digest."""
 
 import platform
-import resource
 import sys
 import time
 from datetime import UTC, datetime
@@ -9,8 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dbllm_cli.stages.memory import forget_peak, peak_memory_mib
+
 _PACKAGES = ("dbllm", "torch", "transformers")
-_CLEAR_PEAK = "5"
 
 
 class Recorder:
@@ -20,7 +20,7 @@ class Recorder:
         self._device = device
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
-        self._own_peak = _clear_peak()
+        forget_peak()
 
     @property
     def seconds(self) -> float:
@@ -32,7 +32,7 @@ class Recorder:
         return {
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round(self.seconds, 3),
-            "peak_memory_mib": round(_peak_memory_mib(self._own_peak), 1),
+            "peak_memory_mib": round(peak_memory_mib(), 1),
             "versions": {
                 "python": platform.python_version(),
                 **{name: _version(name) for name in _PACKAGES},
@@ -63,21 +63,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _clear_peak() -> bool:
-    # Linux can forget the peak so far, so that each step of a pipeline gets its own.
-    try:
-        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
-    except OSError:
-        return False
-    return True
-
-
-def _peak_memory_mib(own_peak: bool) -> float:
-    if own_peak:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024

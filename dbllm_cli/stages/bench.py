@@ -13,9 +13,9 @@ from dbllm_cli.configs import BenchConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.quantized import count_planes, stored_bits
 from dbllm_cli.llm.decoding import prefill_and_decode
-from dbllm_cli.llm.models import Model, load_model, model_folder
+from dbllm_cli.llm.models import Model, load_model, model_folder, require_positions
 from dbllm_cli.progress import Task
-from dbllm_cli.stages.peak_memory import peak_memory_mib
+from dbllm_cli.stages.peak_memory import measure_peak_memory
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.stages.trained_layers import packed_layers
 from dbllm_cli.store import Artifact
@@ -38,9 +38,10 @@ def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Me
         "dense": model_folder(inputs["model"], ctx.work, ctx.trust_remote_code),
         "packed": inputs["packed"].path,
     }
+    require_positions(folders["dense"], config.prompt_tokens + config.decode_tokens)
     shape = (config.batch_size, config.prompt_tokens, config.decode_tokens)
     peaks = {
-        name: peak_memory_mib(
+        name: measure_peak_memory(
             folder,
             compute_dtype=config.compute_dtype,
             shape=shape,

@@ -14,6 +14,7 @@ from dbllm_cli.llm.models import (
     load_model,
     load_tokenizer,
     model_folder,
+    require_positions,
     vocabulary_size,
 )
 from dbllm_cli.llm.sampling import SamplingSettings, sample_sequences
@@ -41,12 +42,12 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
         ArtifactCorruptError: the model holds NaN.
     """
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
+    require_positions(folder, config.sequence_length, ctx.trust_remote_code)
     for name, tensor in TensorFolder(folder).items():
         require_finite(name, tensor)
     tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
     dtype = getattr(torch, config.compute_dtype)
     model = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
-    _check_length(config, model)
     note_environment(ctx.scratch, ctx.progress)
     if config.source == "generate":
         sequences = _generate(config, model, tokenizer, ctx)
@@ -60,15 +61,6 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
         require_finite(f"the inputs of {name}", mean)
     Calibration(train, held_out, means).save(ctx.out)
     return _report(train, held_out, model, tokenizer)
-
-
-def _check_length(config: CalibrateConfig, model: Model) -> None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.sequence_length > longest:
-        raise ConfigError(
-            f"sequence_length {config.sequence_length} exceeds the model's {longest} positions",
-            f"set sequence_length to at most {longest}",
-        )
 
 
 def _generate(

@@ -97,6 +97,9 @@ class _Trainer:
             if first == 0:
                 self._measure(0)
             for step in range(first, config.steps):
+                if config.patience and self.worse >= config.patience:
+                    self.ctx.progress.note(f"no better {self.worse} times: stopped early")
+                    break
                 entry = self._step(step, task)
                 self.curve.append(entry)
                 done = step + 1
@@ -104,11 +107,6 @@ class _Trainer:
                     self._measure(done)
                 if done % config.save_every == 0:
                     self._save(done)
-                if config.patience and self.worse >= config.patience:
-                    self.ctx.progress.note(
-                        f"no better for {self.worse} measurements: stopped early"
-                    )
-                    break
         start = next((e["held_out"] for e in self.curve if e["step"] == 0), math.nan)
         return {
             "steps": self.curve[-1]["step"],
@@ -127,14 +125,11 @@ class _Trainer:
             hidden, outcome = self._forward(batch)
             loss += float(outcome.loss) / parts
             plain += float(outcome.plain) / parts
-            if not math.isfinite(loss):
-                raise StageFailedError(
-                    f"distill: the loss is {loss} at step {step + 1}",
-                    "lower --scale-lr and --latent-lr, or use --compute-dtype float32",
-                )
+            _require_finite_training("loss", loss, step + 1)
             hidden.backward(outcome.gradient / parts)
             task.advance(batch.numel(), loss=loss)
         norm = float(clip_grad_norm_(self.optimizer.parameters(), config.clip))
+        _require_finite_training("norm of the gradient", norm, step + 1)
         self.optimizer.step(schedule_factor(step, config.steps, config.warmup_steps))
         return {"step": step + 1, "loss": loss, "plain_loss": plain, "gradient_norm": norm}
 
@@ -176,6 +171,7 @@ class _Trainer:
             _, outcome = self._forward(batch.to(self.ctx.device))
             losses.append(float(outcome.plain) * len(batch))
         value = math.fsum(losses) / len(self.calibration.held_out)
+        _require_finite_training("held-out loss", value, step)
         if step == 0:
             self.curve.append({"step": 0, "held_out": value})
         else:
@@ -226,6 +222,14 @@ class _Trainer:
         self.best = cast("dict[str, float]", state["best"])
         self.worse = cast(int, state["worse"])
         return cast(int, state["step"])
+
+
+def _require_finite_training(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise StageFailedError(
+            f"distill: the {name} is {value} at step {step}",
+            "lower --scale-lr and --latent-lr, or use --compute-dtype float32",
+        )
 
 
 def _checkpoint_blocks(model: nn.Module) -> None:

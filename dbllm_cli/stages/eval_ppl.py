@@ -9,8 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from dbllm_cli.configs import EvalPplConfig
-from dbllm_cli.errors import ConfigError
-from dbllm_cli.llm.models import Tokenizer, load_model, load_tokenizer, model_folder
+from dbllm_cli.errors import ConfigError, StageFailedError
+from dbllm_cli.llm.models import (
+    Tokenizer,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    require_positions,
+)
 from dbllm_cli.llm.packed import write_json
 from dbllm_cli.llm.perplexity import (
     Window,
@@ -47,20 +53,23 @@ def run(config: EvalPplConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     """Make the eval artifact: windows.json beside the metrics.
 
     Raises:
-        ConfigError: no text given, or too little for one window.
+        ConfigError: no text given, too little for one window, or too long a window.
+        StageFailedError: a loss is not finite.
     """
     model = inputs["model"]
     outside = model.kind == "model"
     folder = model_folder(model, ctx.work, ctx.trust_remote_code) if outside else model.path
     tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
     protocol = _protocol(config, inputs, tokenizer)
+    longest = max(len(window.ids) for window in protocol.windows)
+    require_positions(folder, longest, ctx.trust_remote_code)
     dtype = getattr(torch, config.compute_dtype)
     loaded = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
     with ctx.progress.task("eval-ppl", len(protocol.windows), unit="windows") as task:
         losses = window_losses(loaded, protocol.windows, config.batch_size, task)
     tokens = [window.scored for window in protocol.windows]
     if not all(math.isfinite(loss) for loss in losses):
-        raise ConfigError(
+        raise StageFailedError(
             f"{folder} gives losses that are not finite", "evaluate with --compute-dtype float32"
         )
     write_json(ctx.out / WINDOWS, {"losses": losses, "tokens": tokens})

@@ -73,8 +73,9 @@ def _quantize(
     alpha = fit_scales(matrix, config.group_size, config.method, on_device)
     try:
         return quantize_matrix(matrix, alpha, config.group_size)
-    except ValueError as error:
-        raise StageFailedError(f"{name}: {error}", f"leave it out: --exclude {name}") from error
+    except StageFailedError as error:
+        hint = f"leave it out: --exclude {name}"
+        raise StageFailedError(f"{name}: {error.message}", hint) from error
 
 
 def _write_files(folder: Path, out: Path, config: InitFdbConfig, kept: list[str]) -> None:

@@ -4,7 +4,6 @@ Peak memory only ever grows within a process, so bench starts this one anew for 
 """
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import load_model
+from dbllm_cli.stages.memory import peak_memory_mib
 
 
-def peak_memory_mib(
+def measure_peak_memory(
     folder: Path,
     *,
     compute_dtype: str,
@@ -57,7 +57,7 @@ def main() -> None:
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        peak = peak_memory_mib()
     sys.stdout.write(f"{peak:.1f}\n")
 
 

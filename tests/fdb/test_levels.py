@@ -67,6 +67,9 @@ def test_the_middle_tie_goes_up_and_the_outer_ties_go_down() -> None:
     for alpha1, alpha2 in ((2.0, -1.0), (1.0, -2.0)):
         levels = sorted(alpha1 * b1 + alpha2 * b2 for b1, b2 in CODES)
         borders = [(a + b) / 2 for a, b in itertools.pairwise(levels)]
+        sorted_scales = sorted_levels(_column(alpha1), _column(alpha2))
+        nearest = nearest_level(torch.tensor(borders), sorted_scales)
+        assert nearest.tolist() == [levels[0], levels[2], levels[2]]
         b1, b2 = _planes(borders, alpha1, alpha2)
         assert (alpha1 * b1 + alpha2 * b2).tolist() == [levels[0], levels[2], levels[2]]
 
@@ -112,10 +115,10 @@ def test_a_clamped_weight_keeps_its_planes_and_moves_no_further_than_it_must(
     assert (int(after[0]), int(after[1])) == code
     before = assign_planes(_column(weight), alpha1, alpha2)
     if (int(before[0]), int(before[1])) == code:
-        assert float(clamped) == pytest.approx(weight, abs=5e-3)
+        assert float(clamped) == pytest.approx(weight, abs=2e-2)
     else:
         halfway = [(a + b) / 2 for a in _levels(scales) for b in _levels(scales) if a != b]
-        assert min(abs(float(clamped) - border) for border in halfway) < 5e-3
+        assert min(abs(float(clamped) - border) for border in halfway) < 2e-2
 
 
 def _levels(scales: tuple[float, float]) -> list[float]:

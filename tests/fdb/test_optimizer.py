@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -35,7 +36,7 @@ def test_the_schedule_warms_up_to_the_whole_rate_and_ends_at_five_percent() -> N
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[53] == pytest.approx((1 + 0.05) / 2)
     assert factors[103] == pytest.approx(0.05)
-    assert all(later < earlier for earlier, later in zip(factors[3:], factors[4:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(factors[3:]))
 
 
 def test_the_schedule_needs_no_warm_up_and_stands_a_warm_up_as_long_as_the_run() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import (
     PlaneCounts,
@@ -78,7 +79,7 @@ def test_rounding_projects_the_signs() -> None:
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, 70000.0])
 def test_a_scale_that_float16_can_t_hold_is_refused(scale: float) -> None:
-    with pytest.raises(ValueError, match="not finite in float16"):
+    with pytest.raises(StageFailedError, match="not finite in float16"):
         round_scales(torch.tensor([[[scale]], [[-1.0]]]))
 
 

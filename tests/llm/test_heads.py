@@ -32,7 +32,7 @@ def test_gemma_s_soft_cap_is_applied(ids: Tensor) -> None:
             num_key_value_heads=2,
             head_dim=8,
             final_logit_softcapping=2.0,
-        )  # fmt: skip
+        )
     )
     assert torch.allclose(head(model)(final_hidden(model, ids)), _logits(model, ids), atol=1e-5)
     assert float(_logits(model, ids).abs().max()) > 1

@@ -28,9 +28,7 @@ def done(load: Load, store: Store, ran: list[str]) -> Pipeline:
     return pipeline
 
 
-def test_at_first_everything_runs_and_only_the_first_key_is_known(
-    load: Load, store: Store
-) -> None:
+def test_at_first_everything_runs_and_only_the_first_key_is_known(load: Load, store: Store) -> None:
     plan = plan_pipeline(load(), store)
     assert [planned.action for planned in plan] == ["run"] * 7
     assert plan[0].reasons == ("never run",)

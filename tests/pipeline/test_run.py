@@ -146,9 +146,7 @@ def test_damage_is_told_and_force_makes_it_anew(gather: Run, store: Store, ran: 
     assert store.verify(gather(force=True).artifact) == []
 
 
-def test_a_store_that_can_not_be_written_is_told(
-    gather: Run, store: Store, ran: list[str]
-) -> None:
+def test_a_store_that_can_not_be_written_is_told(gather: Run, store: Store, ran: list[str]) -> None:
     store.root.write_text("a file")
     with pytest.raises(ConfigError, match="can't be written"):
         gather()
@@ -238,9 +236,7 @@ def test_an_interrupted_pipeline_goes_on_where_it_was(
     assert ran == ["train", "measure", "measure", "bind", "clock"]
 
 
-def test_a_second_run_of_a_pipeline_fails_at_once(
-    load: Load, store: Store, ran: list[str]
-) -> None:
+def test_a_second_run_of_a_pipeline_fails_at_once(load: Load, store: Store, ran: list[str]) -> None:
     pipeline = load()
     with (
         store.lock(digest_of(str(pipeline.path.resolve())), "pipeline"),

@@ -216,7 +216,7 @@ def test_ended_between_early_stop_and_artifact_it_ends_with_the_same_bytes(
 def test_a_loss_that_is_no_number_ends_the_stage(
     fresh: Workshop, training: dict[str, Artifact]
 ) -> None:
-    with pytest.raises(StageFailedError, match="the loss is .* at step") as caught:
+    with pytest.raises(StageFailedError, match=r"the loss is .* at step") as caught:
         fresh.make("distill", training, **(SETTINGS | {"scale_lr": 1e30}))
     assert "--scale-lr" in caught.value.hint
     assert fresh.store.artifacts() == []

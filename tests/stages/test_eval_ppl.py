@@ -82,7 +82,12 @@ def test_a_stride_that_would_leave_tokens_out_is_refused(
 ) -> None:
     with pytest.raises((ConfigError, ValidationError)):
         workshop.make(
-            "eval-ppl", {"model": llama}, text=str(text_file), protocol="strided", stride=17, **SHORT
+            "eval-ppl",
+            {"model": llama},
+            text=str(text_file),
+            protocol="strided",
+            stride=17,
+            **SHORT,
         )
 
 
@@ -112,7 +117,9 @@ def test_wikitext_rows_are_joined_by_two_newlines(
     workshop: Workshop, llama: Artifact, tmp_path: Path
 ) -> None:
     rows = ["", " = Title = \n", "", " A paragraph of some length . \n", ""]
-    as_file, as_rows, joined = (tmp_path / name for name in ("wiki.raw", "rows.jsonl", "joined.txt"))
+    as_file, as_rows, joined = (
+        tmp_path / name for name in ("wiki.raw", "rows.jsonl", "joined.txt")
+    )
     as_file.write_text("".join(row or " \n" for row in rows))
     as_rows.write_text("\n".join(json.dumps({"text": row}) for row in rows))
     joined.write_text("\n\n".join(rows))
@@ -144,9 +151,7 @@ def test_batches_change_nothing_but_the_time(
     assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 
-def test_max_windows_takes_the_first(
-    workshop: Workshop, llama: Artifact, text_file: Path
-) -> None:
+def test_max_windows_takes_the_first(workshop: Workshop, llama: Artifact, text_file: Path) -> None:
     text = str(text_file)
     all_windows = workshop.make("eval-ppl", {"model": llama}, text=text, **SHORT)
     first = workshop.make("eval-ppl", {"model": llama}, text=text, max_windows=3, **SHORT)
@@ -179,9 +184,7 @@ def test_results_of_one_protocol_and_data_get_a_paired_standard_error(
     workshop: Workshop, llama: Artifact, start: Artifact, text_file: Path
 ) -> None:
     teacher, student = (
-        EvalResult.read(
-            workshop.make("eval-ppl", {"model": model}, text=str(text_file), **SHORT)
-        )
+        EvalResult.read(workshop.make("eval-ppl", {"model": model}, text=str(text_file), **SHORT))
         for model in (llama, start)
     )
     difference, error = paired_difference(student, teacher)
@@ -245,9 +248,7 @@ def test_windows_longer_than_the_models_positions_are_refused(
         workshop.make("eval-ppl", {"model": model}, text=str(text_file), sequence_length=65)
 
 
-def test_nothing_to_read_is_told(
-    workshop: Workshop, llama: Artifact
-) -> None:
+def test_nothing_to_read_is_told(workshop: Workshop, llama: Artifact) -> None:
     with pytest.raises(ConfigError, match="no text, no dataset and no calibration"):
         workshop.make("eval-ppl", {"model": llama})
     without = workshop.calibrate(llama, held_out=0)

@@ -31,9 +31,7 @@ def squared_error(fdb: Artifact, folder: Path, importance: dict[str, torch.Tenso
     error = size = 0.0
     for name in quantized(fdb):
         original = originals[f"{name}.weight"]
-        dense = dequantized(
-            tensors[f"{name}.weight"], tensors[f"{name}.alpha"], original.shape[1]
-        )
+        dense = dequantized(tensors[f"{name}.weight"], tensors[f"{name}.alpha"], original.shape[1])
         weights = importance.get(name, torch.ones(original.shape[1]))
         error += float(((dense - original).square() * weights).sum())
         size += float((original.square() * weights).sum())
@@ -101,9 +99,7 @@ def test_the_report_tells_the_error_and_the_zeros_of_each_layer(
     b1, b2 = planes_of(tensors[f"{name}.weight"], 100).bool()
     assert report[name]["zeros_b1"] == pytest.approx(float((~b1).float().mean()), abs=1e-5)
     assert report[name]["zeros_b2"] == pytest.approx(float((~b2).float().mean()), abs=1e-5)
-    assert report[name]["zeros_both"] == pytest.approx(
-        float((~b1 & ~b2).float().mean()), abs=1e-5
-    )
+    assert report[name]["zeros_both"] == pytest.approx(float((~b1 & ~b2).float().mean()), abs=1e-5)
     # 13 bytes a row and plane, and two groups of two scales.
     assert report[name]["bits_per_weight"] == pytest.approx((2 * 13 * 8 + 64) / 100)
     expected = squared_error(outcome.artifact, llama_folder, {})

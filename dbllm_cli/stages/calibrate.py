@@ -42,10 +42,10 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
         ArtifactCorruptError: the model holds NaN.
     """
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
-    require_positions(folder, config.sequence_length, ctx.trust_remote_code)
     for name, tensor in TensorFolder(folder).items():
         require_finite(name, tensor)
     tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
+    require_positions(folder, config.sequence_length, ctx.trust_remote_code)
     dtype = getattr(torch, config.compute_dtype)
     model = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
     note_environment(ctx.scratch, ctx.progress)

@@ -138,7 +138,7 @@ class _BlockTraining:
                 continue
             in_features, _ = layer_shape(module)
             weight = cast(Tensor, module.weight)
-            bias = cast("Tensor | None", getattr(module, "bias", None))
+            bias = self._student_bias(full)
             quantized = self.student.layer(full, in_features)
             matrix = matrix_of(module, weight)
             layers[name] = latent_layer(self.student, full, quantized, matrix, bias)
@@ -147,6 +147,12 @@ class _BlockTraining:
             if f"{prefix}.{name}" in self.student.tensors:
                 parameter.data.copy_(self.student.tensors.get(f"{prefix}.{name}"))
         return block, layers
+
+    def _student_bias(self, name: str) -> Tensor | None:
+        stored = f"{name}.bias"
+        if stored not in self.student.tensors:
+            return None
+        return self.student.tensors.get(stored).to(self.ctx.device, torch.float32)
 
     def _batches(self, index: int, samples: int) -> Iterator[Tensor]:
         """Indices of the sequences of each step, drawn from seed, block and pass alone."""

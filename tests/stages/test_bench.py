@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.pipeline.run import Outcome
 from dbllm_cli.stages import bench
-from dbllm_cli.stages.peak_memory import peak_memory_mib
+from dbllm_cli.stages.peak_memory import measure_peak_memory
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
 from tests.tiny_models import planes_of
@@ -24,7 +24,7 @@ def packed(workshop: Workshop, start: Artifact) -> Artifact:
 @pytest.fixture
 def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the processes that measure the memory: they take seconds."""
-    monkeypatch.setattr(bench, "peak_memory_mib", lambda folder, **options: 100.0)
+    monkeypatch.setattr(bench, "measure_peak_memory", lambda folder, **options: 100.0)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_the_peak_memory_is_the_models_own_not_that_of_the_process_that_asks(
 ) -> None:
     block = b"\x01" * (800 * 2**20)
     del block
-    peak = peak_memory_mib(
+    peak = measure_peak_memory(
         packed.path,
         compute_dtype="float32",
         shape=(1, 8, 2),

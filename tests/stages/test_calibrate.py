@@ -136,7 +136,7 @@ def test_the_statistics_are_mean_squares_weighted_per_token(
 def test_a_sequence_longer_than_the_models_positions_is_refused(
     workshop: Workshop, llama: Artifact
 ) -> None:
-    with pytest.raises(ConfigError, match=r"sequence_length 65 .* 64 positions"):
+    with pytest.raises(ConfigError, match=r"65 tokens .* 64 positions"):
         workshop.calibrate(llama, sequence_length=65)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from dbllm_cli.__main__ import run
 from dbllm_cli.pipeline.file import Pipeline, load_pipeline
+from dbllm_cli.pipeline.schema import pipeline_schema
 from tests.conftest import SHARED_DATA
 
 REPOSITORY = Path(__file__).parents[1]
@@ -36,6 +37,13 @@ def test_the_first_line_is_the_command_that_runs_it(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert lines[0].startswith(f"# dbllm run pipelines/{path.name}")
     assert lines[1].startswith("# yaml-language-server: $schema=")
+
+
+def test_the_schema_that_editors_are_pointed_to_is_the_current_one() -> None:
+    stored = (REPOSITORY / "pipelines" / "pipeline.schema.json").read_text()
+    assert json.loads(stored) == pipeline_schema(), (
+        "run: dbllm schema > pipelines/pipeline.schema.json"
+    )
 
 
 def test_it_loads_and_every_step_counts_for_something(path: Path) -> None:

@@ -21,6 +21,8 @@ from dbllm_cli.stages.spec import STAGES, Slot, StageSpec
 from dbllm_cli.store import Artifact, Store, resolve_input
 from dbllm_cli.store.store import DEFAULT_ROOT
 
+_DIGEST_DIGITS = 64
+
 ForceOption = Annotated[bool, typer.Option("--force", help="run again and replace what is there")]
 
 
@@ -120,7 +122,9 @@ def _show(console: Console, spec: StageSpec, outcome: Outcome, as_json: bool) ->
 
 def is_figure(value: object) -> bool:
     """Whether a metric fits one cell of a table."""
-    return isinstance(value, int | float | str)
+    return isinstance(value, int | float) or (
+        isinstance(value, str) and len(value) < _DIGEST_DIGITS
+    )
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dbllm_cli.llm.heads import final_hidden, head
 from dbllm_cli.llm.models import CURVE, Model, load_model, model_folder
 from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.progress import Task
-from dbllm_cli.stages.layer_report import write_layer_report
+from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
 from dbllm_cli.stages.resuming import last_checkpoint, note_environment, save_checkpoint
 from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
@@ -55,7 +55,8 @@ def run(config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     write_requantized(student, ctx.out, trainer.best_layers())
     lines = [json.dumps(entry, sort_keys=True, allow_nan=False) for entry in trainer.curve]
     (ctx.out / CURVE).write_text("\n".join(lines) + "\n")
-    return metrics | write_layer_report(folder, calibration.input_mean_squares, ctx)
+    report = write_layer_report(folder, calibration.input_mean_squares, ctx)
+    return metrics | over_all_layers(report)
 
 
 class _Trainer:

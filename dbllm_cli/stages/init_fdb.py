@@ -23,7 +23,7 @@ from dbllm_cli.llm.models import (
 )
 from dbllm_cli.llm.packed import layer_tensors, quantized_config, write_json
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder, require_finite
-from dbllm_cli.stages.layer_report import write_layer_report
+from dbllm_cli.stages.layer_report import over_all_layers, show_layers, write_layer_report
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact
@@ -63,7 +63,9 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
                 require_finite(name, tensor)
                 writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
     _write_files(folder, ctx.out, config, [n for n, _ in blocks.linear_layers() if n not in layers])
-    return write_layer_report(folder, means, ctx)
+    report = write_layer_report(folder, means, ctx)
+    show_layers(report, ctx.progress)
+    return over_all_layers(report)
 
 
 def _quantize(

@@ -11,34 +11,47 @@ from dbllm_cli.llm.blocks import find_blocks, layer_shape, matrix_of
 from dbllm_cli.llm.models import LAYER_REPORT, empty_model, load_config
 from dbllm_cli.llm.packed import PackedFolder, write_json
 from dbllm_cli.llm.tensors import TensorFolder
+from dbllm_cli.progress import Progress
 from dbllm_cli.stages.spec import Context, Metrics
 
 FIGURES = ("relative_error", "zeros_b1", "zeros_b2", "zeros_both", "bits_per_weight")
 
 
-def write_layer_report(teacher_folder: Path, means: Mapping[str, Tensor], ctx: Context) -> Metrics:
+LayerReport = dict[str, dict[str, float]]
+"""Layer name -> figure -> value."""
+
+
+def write_layer_report(
+    teacher_folder: Path, means: Mapping[str, Tensor], ctx: Context
+) -> LayerReport:
     """Compare the fdb artifact in `ctx.out` with the teacher's weights and write layers.json.
 
     Args:
         teacher_folder: safetensors under module names.
         means: layer name -> mean square of each input, which weighs the errors; equal when absent.
-        ctx: of the stage; a table goes to its progress.
-
-    Returns:
-        The figures over all layers, weighted by their size.
+        ctx: of the stage.
     """
     student, teacher = PackedFolder(ctx.out), TensorFolder(teacher_folder)
     model = empty_model(load_config(teacher_folder, ctx.trust_remote_code), ctx.trust_remote_code)
     quantized = set(student.layer_names())
-    report: dict[str, dict[str, float]] = {}
+    report: LayerReport = {}
     for name, module in find_blocks(model).linear_layers():
         if name in quantized:
             in_features, _ = layer_shape(module)
             matrix = matrix_of(module, teacher.get(f"{name}.weight")).to(torch.float32)
             report[name] = layer_figures(student.layer(name, in_features), matrix, means.get(name))
     write_json(ctx.out / LAYER_REPORT, report)
+    return report
+
+
+def show_layers(report: LayerReport, progress: Progress) -> None:
+    """Show the report as a table."""
     rows = [(name, *(layer[figure] for figure in FIGURES)) for name, layer in report.items()]
-    ctx.progress.table("layers", ("layer", *(f.replace("_", " ") for f in FIGURES)), rows)
+    progress.table("layers", ("layer", *(f.replace("_", " ") for f in FIGURES)), rows)
+
+
+def over_all_layers(report: LayerReport) -> Metrics:
+    """The figures over all layers, weighted by their size."""
     total = sum(layer["weights"] for layer in report.values())
     summary: Metrics = {"layers": len(report), "weights": int(total)}
     for figure in FIGURES:

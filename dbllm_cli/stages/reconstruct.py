@@ -22,7 +22,7 @@ from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.llm.streaming import StreamedModel
 from dbllm_cli.llm.tensors import TensorFolder, save_tensors
 from dbllm_cli.progress import Task
-from dbllm_cli.stages.layer_report import write_layer_report
+from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
 from dbllm_cli.stages.resuming import last_checkpoint, note_environment, save_checkpoint
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
@@ -52,7 +52,7 @@ def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context)
     calibration = open_calibration(inputs["calibration"])
     report = training.train_all(calibration.train[: config.num_samples])
     write_requantized(training.student, ctx.out, training.finished_layers())
-    layers = write_layer_report(folder, calibration.input_mean_squares, ctx)
+    layers = over_all_layers(write_layer_report(folder, calibration.input_mean_squares, ctx))
     errors = [block["error_after"] for block in report]
     ctx.progress.table(
         "relative error of the block's output",

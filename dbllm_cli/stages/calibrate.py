@@ -21,13 +21,13 @@ from dbllm_cli.llm.sampling import SamplingSettings, sample_sequences
 from dbllm_cli.llm.statistics import input_mean_squares
 from dbllm_cli.llm.tensors import TensorFolder, require_finite, save_tensors
 from dbllm_cli.llm.text import (
-    TextSource,
     document_stream,
     leading_special_tokens,
     tokenizer_digest,
     tokens_digest,
     windows,
 )
+from dbllm_cli.stages.reading import text_source
 from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.sequences import Calibration
 from dbllm_cli.stages.spec import Context, Metrics
@@ -98,15 +98,7 @@ def _batch_file(scratch: Path, start: int) -> Path:
 
 
 def _read(config: CalibrateConfig, tokenizer: Tokenizer) -> Tensor:
-    source = TextSource(
-        config.text,
-        config.dataset,
-        config.revision,
-        config.split,
-        config.text_field,
-        config.documents,
-        config.separator,
-    )
+    source = text_source(config)
     needed = config.num_samples + config.held_out
     stream = document_stream(tokenizer, source.read(), needed * config.sequence_length)
     sequences = windows(stream, config.sequence_length)[:needed]

@@ -27,7 +27,6 @@ from dbllm_cli.llm.perplexity import (
 )
 from dbllm_cli.llm.text import (
     DOCUMENT_GAP,
-    TextSource,
     tokenize,
     tokenizer_digest,
     tokens_digest,
@@ -35,6 +34,7 @@ from dbllm_cli.llm.text import (
     windows,
 )
 from dbllm_cli.stages.comparison import WINDOWS, ratio_standard_error
+from dbllm_cli.stages.reading import text_source
 from dbllm_cli.stages.sequences import open_calibration
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact
@@ -150,15 +150,7 @@ def _held_out(config: EvalPplConfig, inputs: Mapping[str, Artifact]) -> _Protoco
 
 
 def _stream(config: EvalPplConfig, tokenizer: Tokenizer) -> list[int]:
-    source = TextSource(
-        config.text,
-        config.dataset,
-        config.revision,
-        config.split,
-        config.text_field,
-        config.documents,
-        config.separator,
-    )
+    source = text_source(config)
     if config.protocol == "documents":
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         stream: list[int] = []

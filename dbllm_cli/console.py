@@ -7,7 +7,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as BarTask
 from rich.progress import TaskID as BarId
 from rich.table import Table
 from rich.text import Text
@@ -141,14 +149,12 @@ class _LineTask:
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES and self._done < self._total:
             self._last_line = now
-            self._line(f"{seconds_text(self._seconds_left(now))} left")
+            rate = (self._done - self._done_before) / max(now - self._started, 1e-9)
+            left = seconds_text((self._total - self._done) / max(rate, 1e-9))
+            self._line(f"{_rate_text(rate, self._unit)}, {left} left")
 
     def finish(self) -> None:
         self._line(seconds_text(time.monotonic() - self._started))
-
-    def _seconds_left(self, now: float) -> float:
-        done_now = self._done - self._done_before
-        return (now - self._started) * (self._total - self._done) / max(done_now, 1)
 
     def _line(self, seconds: str) -> None:
         parts = [f"{self._done}/{self._total} {self._unit}", seconds, self._figures]
@@ -199,12 +205,24 @@ def _rich_console(stderr: bool) -> RichConsole:
     return console
 
 
+class _RateColumn(ProgressColumn):
+    """Units per second, once they are known."""
+
+    def render(self, task: BarTask) -> Text:
+        return Text("" if task.speed is None else _rate_text(task.speed, task.fields["unit"]))
+
+
+def _rate_text(rate: float, unit: str) -> str:
+    return f"{rate:.3g} {unit}/s" if rate < 100 else f"{rate:.0f} {unit}/s"
+
+
 def _bars(console: RichConsole) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[unit]}", markup=False),
+        _RateColumn(),
         TimeRemainingColumn(compact=True, elapsed_when_finished=True),
         TextColumn("{task.fields[figures]}", markup=False),
         console=console,

@@ -152,10 +152,10 @@ def test_progress_off_a_terminal_tells_a_line_every_ten_seconds_and_the_end_once
 
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "distill: 2/10 steps, 40 s left",
-        "distill: 4/10 steps, 30 s left",
-        "distill: 6/10 steps, 20 s left",
-        "distill: 8/10 steps, 10 s left",
+        "distill: 2/10 steps, 0.2 steps/s, 40 s left",
+        "distill: 4/10 steps, 0.2 steps/s, 30 s left",
+        "distill: 6/10 steps, 0.2 steps/s, 20 s left",
+        "distill: 8/10 steps, 0.2 steps/s, 10 s left",
         "distill: 10/10 steps, 50 s",
     ]
 
@@ -168,7 +168,9 @@ def test_time_left_of_a_resumed_run_counts_only_its_own_steps(
         task.advance(5)
         task.advance(5)
 
-    assert capsys.readouterr().err.splitlines()[0] == "distill: 15/20 steps, 20 s left"
+    assert (
+        capsys.readouterr().err.splitlines()[0] == "distill: 15/20 steps, 0.25 steps/s, 20 s left"
+    )
 
 
 def test_a_failed_task_does_not_say_that_it_ended(capsys: Captured) -> None:

@@ -157,7 +157,7 @@ def _compiler() -> Check:
     found = next((path for name in (wanted, "gcc", "clang") if (path := shutil.which(name))), None)
     if found:
         return Check("C compiler", True, found)
-    return Check("C compiler", True, "absent", "apt-get install gcc (packed models run faster)")
+    return Check("C compiler", True, "absent", "apt-get install gcc (for torch.compile)")
 
 
 def _gpu() -> Check:

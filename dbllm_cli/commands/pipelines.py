@@ -144,5 +144,5 @@ def _figures(metrics: dict[str, Any]) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} {value_text(value)}"
         for name, value in metrics.items()
-        if is_figure(value)
+        if is_figure(name, value)
     )

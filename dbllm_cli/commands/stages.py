@@ -21,8 +21,6 @@ from dbllm_cli.stages.spec import STAGES, Slot, StageSpec
 from dbllm_cli.store import Artifact, Store, resolve_input
 from dbllm_cli.store.store import DEFAULT_ROOT
 
-_DIGEST_DIGITS = 64
-
 ForceOption = Annotated[bool, typer.Option("--force", help="run again and replace what is there")]
 
 
@@ -111,7 +109,7 @@ def _open_inputs(spec: StageSpec, values: Mapping[str, Any], store: Store) -> di
 def _show(console: Console, spec: StageSpec, outcome: Outcome, as_json: bool) -> None:
     done = f"done in {seconds_text(outcome.seconds)}" if outcome.ran else "up to date"
     console.note(f"{spec.name}: {done}")
-    figures = [(name, value) for name, value in outcome.metrics.items() if is_figure(value)]
+    figures = [(name, value) for name, value in outcome.metrics.items() if is_figure(name, value)]
     if figures:
         console.note_table("", ("figure", "value"), figures)
     if as_json:
@@ -120,11 +118,10 @@ def _show(console: Console, spec: StageSpec, outcome: Outcome, as_json: bool) ->
         console.print_line(str(outcome.artifact.path))
 
 
-def is_figure(value: object) -> bool:
-    """Whether a metric fits one cell of a table."""
-    return isinstance(value, int | float) or (
-        isinstance(value, str) and len(value) < _DIGEST_DIGITS
-    )
+def is_figure(name: str, value: object) -> bool:
+    """Whether a metric is for people and fits one cell of a table."""
+    is_digest = name.endswith("_digest") or name == "comparable"
+    return isinstance(value, int | float | str) and not is_digest
 
 
 def outcome_json(outcome: Outcome) -> dict[str, Any]:

@@ -11,6 +11,14 @@ from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.kernels import fdb_linear
 
 
+def autocast_input(x: Tensor) -> Tensor:
+    """`x` in the dtype that nn.Linear would compute in: autocast's where that is on."""
+    kind = x.device.type
+    available = torch.amp.is_autocast_available(kind)
+    autocasts = available and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if autocasts else x
+
+
 class FdbLinear(nn.Module):
     """`y = alpha1·(b1 x) + alpha2·(b2 x) + bias` on packed planes.
 
@@ -50,7 +58,8 @@ class FdbLinear(nn.Module):
         return QuantizedMatrix(self.weight, self.alpha, self.in_features, self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` `[..., in]` to `[..., out]`, in x's dtype."""
+        """`x` `[..., in]` to `[..., out]`, in x's dtype, or autocast's where that is on."""
+        x = autocast_input(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         product: Tensor = fdb_linear(x, self.weight, self.alpha, bias, self.group_size)
         return product
@@ -61,6 +70,16 @@ class FdbLinear(nn.Module):
         if self.alpha.dtype != stored.dtype:
             self.alpha = stored.to(self.alpha.device)
         return self
+
+    @classmethod
+    def holding(cls, quantized: QuantizedMatrix, bias: Tensor | None) -> Self:
+        """A layer with these planes and scales, and a frozen bias."""
+        _, out_features, _ = quantized.weight.shape
+        layer = cls(quantized.in_features, out_features, quantized.group_size, device="meta")
+        layer.weight, layer.alpha = quantized.weight, quantized.alpha
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, requires_grad=False)
+        return layer
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

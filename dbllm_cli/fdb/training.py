@@ -18,6 +18,7 @@ from dbllm_cli.fdb.levels import (
     sorted_levels,
     straight_through_mask,
 )
+from dbllm_cli.fdb.linear import autocast_input
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix, round_scales
 from dbllm_cli.kernels import unpack_planes
 
@@ -96,10 +97,9 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` to `[..., out]`; under autocast the products are in its dtype."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return linear(x.to(dtype), self.dense(dtype), bias)
+        x = autocast_input(x)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear(x, self.dense(x.dtype), bias)
 
     @torch.no_grad()
     def project(self) -> None:

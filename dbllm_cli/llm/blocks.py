@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -134,11 +135,19 @@ class BlockCall:
         return result
 
 
+def same_arguments(first: Any, second: Any) -> bool:
+    """Whether two nested arguments are equal, tensors by value."""
+    left, right = tree_leaves(first), tree_leaves(second)
+    return len(left) == len(right) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
 class _Recorder:
     """Stands in for a block's forward: keeps its arguments and passes the hidden states on."""
 
-    def __init__(self, returns_tuple: bool) -> None:
-        self._returns_tuple = returns_tuple
+    def __init__(self) -> None:
         self.call: BlockCall | None = None
         self.hidden: Tensor | None = None
 
@@ -148,12 +157,12 @@ class _Recorder:
         else:
             hidden = kwargs.pop("hidden_states")
         self.hidden, self.call = hidden, BlockCall(args, kwargs)
-        return (hidden,) if self._returns_tuple else hidden
+        return hidden
 
 
 @torch.no_grad()
 def capture_calls(
-    model: PreTrainedModel, blocks: DecoderBlocks, input_ids: Tensor, returns_tuple: bool = False
+    model: PreTrainedModel, blocks: DecoderBlocks, input_ids: Tensor
 ) -> tuple[Tensor, list[BlockCall]]:
     """Run the model's own forward around its blocks, which may still be empty.
 
@@ -163,12 +172,11 @@ def capture_calls(
         model: embeddings loaded, blocks not needed.
         blocks: the model's blocks.
         input_ids: tokens `[batch, tokens]`.
-        returns_tuple: whether the family's blocks return a tuple.
 
     Returns:
         The hidden states that enter the first block, and each block's arguments.
     """
-    recorders = [_Recorder(returns_tuple) for _ in blocks.modules]
+    recorders = [_Recorder() for _ in blocks.modules]
     try:
         for block, recorder in zip(blocks.modules, recorders, strict=True):
             block.forward = recorder

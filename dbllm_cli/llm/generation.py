@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
@@ -52,38 +55,57 @@ def generate_stream(
     Raises:
         ConfigError: chat without a chat template, or an empty prompt without a start token.
     """
-    outside = artifact.kind == "model"
-    folder = model_folder(artifact, work, trust_remote_code) if outside else artifact.path
+    folder = model_folder(artifact, work, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     model = load_model(folder, getattr(torch, dtype), device, trust_remote_code)
     ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling: dict[str, float] = {"do_sample": temperature > 0}
+    stopped = Event()
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature > 0,
+        "stopping_criteria": StoppingCriteriaList([_StopWhenSet(stopped)]),
+    }
     if temperature > 0:
-        sampling |= {"temperature": temperature, "top_k": top_k}
+        # Without top_p the model's own would go on beside top_k.
+        options |= {"temperature": temperature, "top_k": top_k, "top_p": 1.0}
     torch.manual_seed(seed)
     with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(_generate, model, ids, streamer, max_new_tokens, sampling)
+        writing = pool.submit(_generate, model, ids, streamer, options)
         # A failure must end the stream too, or its reader would wait for ever.
         writing.add_done_callback(lambda _: streamer.end())
-        yield from streamer
+        try:
+            yield from streamer
+        finally:
+            stopped.set()
         writing.result()
+
+
+class _StopWhenSet(StoppingCriteria):
+    """Ends the writing when its reader has gone, by Ctrl-C for one."""
+
+    def __init__(self, stopped: Event) -> None:
+        self._stopped = stopped
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        del scores, kwargs
+        return torch.full((input_ids.shape[0],), self._stopped.is_set(), device=input_ids.device)
 
 
 def _generate(
     model: PreTrainedModel,
     ids: torch.Tensor,
     streamer: TextIteratorStreamer,
-    max_new_tokens: int,
-    sampling: dict[str, float],
+    options: dict[str, Any],
 ) -> None:
     with torch.inference_mode():
         cast(Any, model).generate(
             ids,
             attention_mask=torch.ones_like(ids),
             streamer=streamer,
-            max_new_tokens=max_new_tokens,
-            **sampling,
+            **options,
         )
 
 

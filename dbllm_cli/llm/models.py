@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, first_line
-from dbllm_cli.llm.quantizer import register
+from dbllm_cli.llm.quantizer import NewerFormatError, register
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 from dbllm_cli.store import Artifact
 
@@ -40,17 +40,20 @@ STAGE_FILES = ("manifest.json", "metrics.json", LAYER_REPORT, CURVE)
 def model_folder(model: Artifact, work: Path, trust_remote_code: bool = False) -> Path:
     """The model as a folder of safetensors whose names are the module's own.
 
+    An fdb or packed artifact is one already.
     A `.gguf` file, or a checkpoint under other names, is imported once into the work area, so that
     later steps read single tensors without transformers' conversions.
 
     Args:
-        model: kind model.
+        model: kind model, fdb or packed.
         work: the store's work area.
         trust_remote_code: let transformers run code that comes with the model.
 
     Raises:
         ConfigError: transformers does not know the architecture.
     """
+    if model.kind != "model":
+        return model.path
     if model.path.is_dir() and _has_module_names(model.path, trust_remote_code):
         return model.path
     imported = work / "models" / model.digest[:16]
@@ -170,6 +173,7 @@ def load_model(
         ArtifactCorruptError: the folder lacks a tensor of the model.
     """
     register()
+    require_device(device)
     load_config(folder, trust_remote_code)
     with _quiet():
         model = _from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -178,7 +182,12 @@ def load_model(
 
 
 def _from_pretrained(source: Path, **options: Any) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **options
+        )
+    except NewerFormatError as error:
+        raise ArtifactMissingError(f"{source}: {error}", "upgrade dbllm") from error
     model: PreTrainedModel = loaded[0]
     # transformers fills what is missing with random values and goes on.
     missing = sorted(loaded[1]["missing_keys"])
@@ -188,6 +197,21 @@ def _from_pretrained(source: Path, **options: Any) -> PreTrainedModel:
             "download or export the model again",
         )
     return model
+
+
+def require_device(device: str) -> None:
+    """Refuse a device that torch can't use here.
+
+    Raises:
+        ConfigError: names the device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"device {device} can't be used: {first_line(error)}",
+            "see dbllm doctor, or use --device cpu",
+        ) from error
 
 
 def require_positions(folder: Path, tokens: int, trust_remote_code: bool = False) -> None:

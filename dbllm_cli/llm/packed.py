@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbllm_cli.errors import ArtifactCorruptError
+from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import latent_start
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
 from dbllm_cli.llm.models import copy_other_files, empty_model, load_config, module_tensor_names
-from dbllm_cli.llm.quantizer import FORMAT_VERSION, DbllmConfig
+from dbllm_cli.llm.quantizer import FORMAT_VERSION, DbllmConfig, NewerFormatError
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 
 LATENTS = "latents"
@@ -35,20 +35,28 @@ class PackedFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors = TensorFolder(folder)
-        config = json.loads((folder / "config.json").read_text())
-        settings = config.get("quantization_config", {})
+        settings = _quantization_settings(folder)
         if settings.get("quant_method") != "dbllm":
             raise ArtifactCorruptError(
                 f"{folder / 'config.json'} has no quantization_config of dbllm",
                 "make the artifact again: dbllm init-fdb",
             )
-        self.group_size = DbllmConfig(**settings).group_size
+        try:
+            self.group_size = DbllmConfig(**settings).group_size
+        except NewerFormatError as error:
+            raise ArtifactMissingError(f"{folder}: {error}", "upgrade dbllm") from error
         has_latents = any(folder.glob(f"{LATENTS}*.safetensors"))
         self.latents = TensorFolder(folder, LATENTS) if has_latents else None
 
+    @staticmethod
+    def is_one(folder: Path) -> bool:
+        """Whether a folder holds planes and scales, not a dense export."""
+        return _quantization_settings(folder).get("quant_method") == "dbllm"
+
     def layer_names(self) -> list[str]:
         """Names of the quantized layers, sorted."""
-        return [name.removesuffix(".alpha") for name in self.tensors.names() if _is_alpha(name)]
+        stems = (n.removesuffix(".alpha") for n in self.tensors.names() if _is_alpha(n))
+        return [name for name in stems if f"{name}.weight" in self.tensors]
 
     def layer(self, name: str, in_features: int) -> QuantizedMatrix:
         """Planes and scales of one layer."""
@@ -84,6 +92,13 @@ class PackedFolder:
                 yield name, tensor
 
 
+def _quantization_settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((folder / "config.json").read_text()).get(
+        "quantization_config", {}
+    )
+    return settings
+
+
 def _is_alpha(name: str) -> bool:
     return name.endswith(".alpha")
 
@@ -97,8 +112,9 @@ def quantized_config(
     config: dict[str, Any], group_size: int, kept: Sequence[str], dtype: str
 ) -> dict[str, Any]:
     """config.json of a quantized model: the model's own with `quantization_config` added."""
+    own = {key: value for key, value in config.items() if key != "torch_dtype"}
     return {
-        **config,
+        **own,
         "dtype": dtype,
         "quantization_config": {
             "quant_method": "dbllm",

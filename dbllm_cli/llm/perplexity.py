@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dbllm_cli.fdb.losses import CHUNK_TOKENS
+from dbllm_cli.fdb.losses import CHUNK_TOKENS, Head
 from dbllm_cli.llm.heads import final_hidden, head
 from dbllm_cli.progress import Task
 
@@ -87,8 +87,7 @@ def _equally_long(windows: list[Window]) -> list[Window]:
     return list(takewhile(lambda window: len(window.ids) == length, windows))
 
 
-def _scored_loss(to_logits: object, hidden: Tensor, ids: Tensor, scored: int) -> float:
-    assert callable(to_logits)
+def _scored_loss(to_logits: Head, hidden: Tensor, ids: Tensor, scored: int) -> float:
     total = 0.0
     first = ids.shape[0] - 1 - scored
     for start in range(first, ids.shape[0] - 1, CHUNK_TOKENS):

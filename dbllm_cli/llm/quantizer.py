@@ -15,6 +15,10 @@ from dbllm_cli.llm.blocks import find_blocks, layer_shape
 FORMAT_VERSION = 1
 
 
+class NewerFormatError(ValueError):
+    """A packed folder was written by a newer dbllm; a ValueError, as transformers' own are."""
+
+
 class DbllmConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed model's config.json.
 
@@ -24,7 +28,7 @@ class DbllmConfig(QuantizationConfigMixin):
         format_version: of the tensors; a newer one is refused.
 
     Raises:
-        ValueError: the folder was written by a newer dbllm.
+        NewerFormatError: the folder was written by a newer dbllm.
     """
 
     def __init__(
@@ -36,9 +40,9 @@ class DbllmConfig(QuantizationConfigMixin):
     ) -> None:
         del kwargs
         if format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"packed format {format_version} is newer than this dbllm reads "
-                f"({FORMAT_VERSION}): pip install --upgrade dbllm"
+            raise NewerFormatError(
+                f"packed format {format_version} is newer than the {FORMAT_VERSION} read here: "
+                "pip install --upgrade dbllm"
             )
         self.quant_method = "dbllm"  # type: ignore[assignment]
         self.format_version = format_version

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from dbllm_cli.llm.models import vocabulary_size
 from dbllm_cli.progress import Task
 
 
@@ -19,12 +18,14 @@ class SamplingSettings:
         greedy_tokens: tokens taken greedily after the start token.
         temperature: of the sampled rest.
         top_k: sample among so many likeliest tokens; 0 means all.
+        start_tokens: start tokens are drawn below this id.
     """
 
     sequence_length: int
     greedy_tokens: int
     temperature: float
     top_k: int
+    start_tokens: int
 
 
 @torch.inference_mode()
@@ -54,7 +55,7 @@ def sample_sequences(
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     start = torch.randint(
-        vocabulary_size(model),
+        settings.start_tokens,
         (count, 1),
         generator=generator,
         device=model.device,

@@ -7,8 +7,9 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from dbllm_cli.llm.blocks import BlockCall, capture_calls, find_blocks
-from dbllm_cli.llm.models import empty_model, load_config
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.llm.blocks import BlockCall, capture_calls, find_blocks, same_arguments
+from dbllm_cli.llm.models import empty_model, load_config, require_device
 from dbllm_cli.llm.tensors import TensorFolder
 
 
@@ -22,6 +23,7 @@ class StreamedModel:
     """
 
     def __init__(self, folder: Path, device: str, trust_remote_code: bool = False) -> None:
+        require_device(device)
         self.tensors = TensorFolder(folder)
         self.device = device
         self.model = empty_model(load_config(folder, trust_remote_code), trust_remote_code)
@@ -58,13 +60,26 @@ class StreamedModel:
         Args:
             sequences: int64 token ids `[n, tokens]`.
             batch_size: sequences at once, here and whenever blocks run.
+
+        Raises:
+            ConfigError: the blocks' arguments depend on the text, not only on its length.
         """
         entering = []
         for batch in sequences.split(batch_size):
             hidden, calls = capture_calls(self.model, self.blocks, batch.to(self.device))
-            self._calls.setdefault(batch.shape[0], calls)
+            self._keep_calls(batch.shape[0], calls)
             entering.append(hidden.to("cpu", torch.float32))
         return torch.cat(entering)
+
+    def _keep_calls(self, size: int, calls: list[BlockCall]) -> None:
+        kept = self._calls.setdefault(size, calls)
+        for one, other in zip(kept, calls, strict=True):
+            if not same_arguments((one.args, one.kwargs), (other.args, other.kwargs)):
+                raise ConfigError(
+                    f"{type(self.model).__name__} gives its blocks arguments that depend on the "
+                    "text, so they can't be trained one by one",
+                    "leave out reconstruct and use distill --train weights",
+                )
 
     def run_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output for a batch, with the model's own arguments.

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -43,13 +44,17 @@ class TextSource:
         Raises:
             ConfigError: nothing there, no such column, or no text in it.
         """
-        found = list(self._from_files() if self.text is not None else self._from_dataset())
-        if self.documents is not None:
-            start, _, stop = self.documents.partition(":")
-            found = found[int(start or 0) : int(stop) if stop else None]
+        start, _, stop = (self.documents or ":").partition(":")
+        everything = self._from_files() if self.text is not None else self._from_dataset()
+        found = list(islice(everything, int(start or 0), int(stop) if stop else None))
         if not any(document.strip() for document in found):
             raise ConfigError(f"{self.text or self.dataset} holds no text", "give another file")
         return found
+
+    def is_plain_text(self) -> bool:
+        """Whether it is one text file, to be read as it is or line by line."""
+        path = Path(self.text or "")
+        return self.text is not None and path.is_file() and path.suffix not in _STRUCTURED
 
     def read_raw(self) -> str:
         """A single text file as one string.
@@ -57,12 +62,17 @@ class TextSource:
         Raises:
             ConfigError: not a text file, or an empty one.
         """
-        path = Path(self.text or "")
-        if self.text is None or not path.is_file() or path.suffix in _STRUCTURED:
+        if self.documents is not None or self.separator is not None:
+            raise ConfigError(
+                "a text file is read whole here, without documents or separator",
+                "use --protocol documents for a file of many documents",
+            )
+        if not self.is_plain_text():
             raise ConfigError(
                 f"reading raw needs a text file, got {self.text or self.dataset}",
                 "use --reading wikitext-rows for rows of parquet, JSONL and datasets",
             )
+        path = Path(self.text or "")
         content = _read_text(path)
         if not content.strip():
             raise ConfigError(f"{path} holds no text", "give another file")

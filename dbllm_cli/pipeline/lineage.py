@@ -7,7 +7,7 @@ from typing import Any
 from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.stages.spec import StageSpec
-from dbllm_cli.store import Artifact, Store, files_digest, lineage_key
+from dbllm_cli.store import Artifact, Store, files_digest
 
 Lineage = dict[str, Any]
 
@@ -26,17 +26,6 @@ def lineage_of(
         "config": keyed_config(config, store),
         "inputs": {name: artifact.digest for name, artifact in inputs.items()},
     }
-
-
-def key_of(
-    spec: StageSpec, config: StageConfig, inputs: Mapping[str, Artifact], store: Store
-) -> str:
-    """The key of what `spec` makes of these settings and inputs.
-
-    Raises:
-        ConfigError: a file that the settings name can't be read.
-    """
-    return lineage_key(lineage_of(spec, config, inputs, store))
 
 
 def keyed_config(config: StageConfig, store: Store) -> dict[str, Any]:

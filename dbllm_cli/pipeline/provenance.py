@@ -5,10 +5,14 @@ import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from dbllm_cli.stages.memory import forget_peak, peak_memory_mib
+from dbllm_cli.stages.machine import (
+    forget_peak,
+    peak_device_memory_mib,
+    peak_memory_mib,
+    processor,
+)
 
 _PACKAGES = ("dbllm", "torch", "transformers")
 
@@ -33,13 +37,14 @@ class Recorder:
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round(self.seconds, 3),
             "peak_memory_mib": round(peak_memory_mib(), 1),
+            **_device_memory(self._device),
             "versions": {
                 "python": platform.python_version(),
                 **{name: _version(name) for name in _PACKAGES},
             },
             "device": self._device,
             "threads": _threads(),
-            "processor": _processor(),
+            "processor": processor(),
         }
 
 
@@ -55,11 +60,6 @@ def _threads() -> int | None:
     return None if torch is None else int(torch.get_num_threads())
 
 
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _device_memory(device: str) -> dict[str, float]:
+    peak = peak_device_memory_mib(device)
+    return {} if peak is None else {"peak_device_memory_mib": round(peak, 1)}

@@ -14,7 +14,9 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.quantized import count_planes, stored_bits
 from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import Model, load_model, model_folder, require_positions
+from dbllm_cli.llm.packed import PackedFolder
 from dbllm_cli.progress import Task
+from dbllm_cli.stages.machine import processor
 from dbllm_cli.stages.peak_memory import measure_peak_memory
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.stages.trained_layers import packed_layers
@@ -38,7 +40,10 @@ def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Me
         "dense": model_folder(inputs["model"], ctx.work, ctx.trust_remote_code),
         "packed": inputs["packed"].path,
     }
-    require_positions(folders["dense"], config.prompt_tokens + config.decode_tokens)
+    tokens = config.prompt_tokens + config.decode_tokens
+    require_positions(folders["dense"], tokens, ctx.trust_remote_code)
+    if not PackedFolder.is_one(folders["packed"]):
+        raise ConfigError("bench got a dense export", "give the artifact of pack --format packed")
     shape = (config.batch_size, config.prompt_tokens, config.decode_tokens)
     peaks = {
         name: measure_peak_memory(
@@ -58,6 +63,7 @@ def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Me
         times = _time_all(config, contenders, task)
     result: Metrics = {
         "device": _device_name(ctx.device),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "kernel": "reference",
     }
@@ -144,8 +150,6 @@ def _device_name(device: str) -> str:
 
 def _accounting(model: Model) -> dict[str, float]:
     layers = [layer.quantized for _, layer in packed_layers(model)]
-    if not layers:
-        raise ConfigError("bench got a dense export", "give the artifact of pack --format packed")
     counts = reduce(add, (count_planes(layer) for layer in layers))
     return {
         "quantized_weights": counts.weights,

@@ -14,6 +14,7 @@ from dbllm_cli.llm.models import (
     load_model,
     load_tokenizer,
     model_folder,
+    require_device,
     require_positions,
     vocabulary_size,
 )
@@ -41,6 +42,7 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
         ConfigError: the text is too short.
         ArtifactCorruptError: the model holds NaN.
     """
+    require_device(ctx.device)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
     for name, tensor in TensorFolder(folder).items():
         require_finite(name, tensor)
@@ -48,7 +50,7 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
     require_positions(folder, config.sequence_length, ctx.trust_remote_code)
     dtype = getattr(torch, config.compute_dtype)
     model = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
-    note_environment(ctx.scratch, ctx.progress)
+    note_environment(ctx.scratch, ctx.device, ctx.progress)
     if config.source == "generate":
         sequences = _generate(config, model, tokenizer, ctx)
     else:
@@ -70,7 +72,12 @@ def _generate(
     ctx: Context,
 ) -> Tensor:
     settings = SamplingSettings(
-        config.sequence_length, config.greedy_tokens, config.temperature, config.top_k
+        config.sequence_length,
+        config.greedy_tokens,
+        config.temperature,
+        config.top_k,
+        # An embedding may have rows beyond the tokenizer's words, which were never trained.
+        min(len(tokenizer), vocabulary_size(model)),
     )
     prefix = leading_special_tokens(tokenizer)
     needed = config.num_samples + config.held_out

@@ -23,7 +23,12 @@ from dbllm_cli.llm.models import CURVE, Model, load_model, model_folder
 from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.progress import Task
 from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
-from dbllm_cli.stages.resuming import last_checkpoint, note_environment, save_checkpoint
+from dbllm_cli.stages.resuming import (
+    last_checkpoint,
+    note_environment,
+    read_checkpoint,
+    save_checkpoint,
+)
 from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.stages.trained_layers import make_trainable
@@ -38,7 +43,7 @@ def run(config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
         StageFailedError: the loss is not finite.
     """
     require_same_model(inputs)
-    note_environment(ctx.scratch, ctx.progress)
+    note_environment(ctx.scratch, ctx.device, ctx.progress)
     calibration = open_calibration(inputs["calibration"])
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
     compute = getattr(torch, config.compute_dtype)
@@ -106,7 +111,8 @@ class _Trainer:
                 done = step + 1
                 if done % config.eval_every == 0 or done == config.steps:
                     self._measure(done)
-                if done % config.save_every == 0:
+                # The best state on disk must always be the one that the checkpoint tells of.
+                if done % config.save_every == 0 or self.best.get("step") == done:
                     self._save(done)
         start = next((e["held_out"] for e in self.curve if e["step"] == 0), math.nan)
         return {
@@ -189,9 +195,8 @@ class _Trainer:
 
     def best_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
         """Every layer as it was at the best measurement; without a held-out part, as it is."""
-        kept = last_checkpoint(self.ctx.scratch, "best")
-        if kept is not None:
-            weights = kept[0]
+        if self.best:
+            weights, _ = read_checkpoint(self.ctx.scratch, "best", int(self.best["step"]))
             with torch.no_grad():
                 for name, layer in self.layers.items():
                     layer.alpha.copy_(weights[f"{name}.alpha"])

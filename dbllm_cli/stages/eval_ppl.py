@@ -35,7 +35,7 @@ from dbllm_cli.llm.text import (
 )
 from dbllm_cli.stages.comparison import WINDOWS, ratio_standard_error
 from dbllm_cli.stages.reading import text_source
-from dbllm_cli.stages.sequences import open_calibration
+from dbllm_cli.stages.sequences import open_calibration, require_same_tokenizer
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact
 
@@ -57,8 +57,7 @@ def run(config: EvalPplConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
         StageFailedError: a loss is not finite.
     """
     model = inputs["model"]
-    outside = model.kind == "model"
-    folder = model_folder(model, ctx.work, ctx.trust_remote_code) if outside else model.path
+    folder = model_folder(model, ctx.work, ctx.trust_remote_code)
     tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
     protocol = _protocol(config, inputs, tokenizer)
     longest = max(len(window.ids) for window in protocol.windows)
@@ -105,7 +104,9 @@ def _protocol(
     config: EvalPplConfig, inputs: Mapping[str, Artifact], tokenizer: Tokenizer
 ) -> _Protocol:
     if config.text is None and config.dataset is None:
-        return _held_out(config, inputs)
+        return _held_out(config, inputs, tokenizer)
+    if "calibration" in inputs:
+        raise ConfigError("eval-ppl got both a text and a calibration to read", "give one of them")
     name = (config.text or config.dataset or "").rstrip("/").rpartition("/")[2]
     stream = _stream(config, tokenizer)
     length = config.sequence_length
@@ -132,12 +133,15 @@ def _protocol(
     return _Protocol(what, settings, cut)
 
 
-def _held_out(config: EvalPplConfig, inputs: Mapping[str, Artifact]) -> _Protocol:
+def _held_out(
+    config: EvalPplConfig, inputs: Mapping[str, Artifact], tokenizer: Tokenizer
+) -> _Protocol:
     if "calibration" not in inputs:
         raise ConfigError(
             "eval-ppl got no text, no dataset and no calibration to read",
             "add --text FILE, or give a calibration artifact",
         )
+    require_same_tokenizer(inputs["calibration"], tokenizer_digest(tokenizer))
     sequences = open_calibration(inputs["calibration"]).held_out[: config.max_windows]
     if not len(sequences):
         raise ConfigError(
@@ -159,7 +163,5 @@ def _stream(config: EvalPplConfig, tokenizer: Tokenizer) -> list[int]:
         return stream
     if config.reading == "raw":
         return tokenize(tokenizer, source.read_raw())
-    rows = source.read()
-    if len(rows) == 1:
-        rows = wikitext_rows(rows[0])
+    rows = wikitext_rows(source.read_raw()) if source.is_plain_text() else source.read()
     return tokenize(tokenizer, DOCUMENT_GAP.join(rows))

@@ -20,6 +20,7 @@ from dbllm_cli.llm.models import (
     load_tokenizer,
     model_folder,
     module_tensor_names,
+    require_device,
 )
 from dbllm_cli.llm.packed import layer_tensors, quantized_config, write_json
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder, require_finite
@@ -38,6 +39,7 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
         ArtifactMissingError: the calibration is another model's.
     """
     require_same_model(inputs)
+    require_device(ctx.device)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
     load_tokenizer(folder, ctx.trust_remote_code)
     model = empty_model(load_config(folder, ctx.trust_remote_code), ctx.trust_remote_code)

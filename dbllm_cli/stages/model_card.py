@@ -18,19 +18,20 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
     """
     lineage = fdb.manifest["lineage"]
     bits = sizes["bits_per_quantized_weight"]
+    title = ["tags: [dbllm, 2-bit]", "---", f"# A model of {bits} bits per quantized weight"]
+    if sizes["format"] == "dense":
+        title = ["tags: [dbllm]", "---", f"# A model trained at {bits} bits, as plain bfloat16"]
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [dbllm, 2-bit]",
-        "---",
-        f"# A model of {bits} bits per quantized weight",
+        *title,
         "",
         "Made by `dbllm` with the DB-LLM method (arXiv 2402.11960).",
         "",
         *_how_to_load(sizes["format"]),
         "## Size",
         "",
-        f"- {sizes['quantized_weights']:,} quantized weights at {bits} bits each, scales included",
+        f"- {sizes['quantized_weights']:,} quantized weights, {bits} bits each when packed",
         f"- {sizes['weight_bytes']:,} bytes of tensors in all",
         "",
         "## Made by",

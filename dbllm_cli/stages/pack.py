@@ -47,7 +47,8 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Met
 def _drop_quantization_config(ctx: Context) -> None:
     path = ctx.out / "config.json"
     config = json.loads(path.read_text())
-    del config["quantization_config"]
+    for key in ("quantization_config", "torch_dtype"):
+        config.pop(key, None)
     write_json(path, config | {"dtype": "bfloat16"})
 
 

@@ -13,7 +13,7 @@ import torch
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import load_model
-from dbllm_cli.stages.memory import peak_memory_mib
+from dbllm_cli.stages.machine import peak_device_memory_mib, peak_memory_mib
 
 
 def measure_peak_memory(
@@ -54,10 +54,8 @@ def main() -> None:
     model = load_model(Path(folder), dtype, device, trust_remote_code)
     batch_size, prompt_tokens, decode_tokens = shape
     prefill_and_decode(model, batch_size, prompt_tokens, decode_tokens, seed=0)
-    if device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        peak = peak_memory_mib()
+    on_device = peak_device_memory_mib(device)
+    peak = peak_memory_mib() if on_device is None else on_device
     sys.stdout.write(f"{peak:.1f}\n")
 
 

@@ -4,7 +4,8 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.stages.trained_layers import latent_layer, replace_module
 from dbllm_cli.store import Artifact
 
+_BATCHES_BEFORE = 4
+
 
 @dataclass
 class _Streams:
@@ -46,7 +49,7 @@ def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context)
         StageFailedError: a loss is not finite.
     """
     require_same_model(inputs)
-    note_environment(ctx.scratch, ctx.progress)
+    note_environment(ctx.scratch, ctx.device, ctx.progress)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
     training = _BlockTraining(config, PackedFolder(inputs["student"].path), folder, ctx)
     calibration = open_calibration(inputs["calibration"])
@@ -69,23 +72,15 @@ class _BlockTraining:
     """The walk over the blocks: two streams of hidden states, one block in memory."""
 
     def __init__(
-        self, config: ReconstructConfig, student: PackedFolder, folder: Any, ctx: Context
+        self, config: ReconstructConfig, student: PackedFolder, folder: Path, ctx: Context
     ) -> None:
         self.config, self.student, self.ctx = config, student, ctx
         self.model = StreamedModel(folder, ctx.device, ctx.trust_remote_code)
         self.quantized_names = set(student.layer_names())
-        self._shapes: dict[str, int] = {}
 
     def train_all(self, sequences: Tensor) -> list[dict[str, float]]:
         """Train every block that is not yet finished; errors before and after of each block."""
-        entering = self.model.enter(sequences, self.config.batch_size)
-        checkpoint = last_checkpoint(self.ctx.scratch, "streams")
-        report: list[dict[str, float]] = []
-        streams = _Streams(entering, entering)
-        if checkpoint is not None:
-            tensors, state = checkpoint
-            streams = _Streams(tensors["teacher"], tensors["student"])
-            report = cast("list[dict[str, float]]", state["report"])
+        streams, report = self._begin(sequences)
         blocks = len(self.model.blocks)
         per_block = self.steps(len(sequences)) * self.config.batch_size + 2 * len(sequences)
         with self.ctx.progress.task(
@@ -96,6 +91,16 @@ class _BlockTraining:
                 tensors = {"teacher": streams.teacher, "student": streams.student}
                 save_checkpoint(self.ctx.scratch, "streams", index, tensors, {"report": report})
         return report
+
+    def _begin(self, sequences: Tensor) -> tuple[_Streams, list[dict[str, float]]]:
+        """The streams as they enter the first block that is not finished, and the report so far."""
+        entering = self.model.enter(sequences, self.config.batch_size)
+        checkpoint = last_checkpoint(self.ctx.scratch, "streams")
+        if checkpoint is None:
+            return _Streams(entering, entering), []
+        tensors, state = checkpoint
+        report = cast("list[dict[str, float]]", state["report"])
+        return _Streams(tensors["teacher"], tensors["student"]), report
 
     def steps(self, samples: int) -> int:
         """Optimizer steps of one block."""
@@ -113,17 +118,28 @@ class _BlockTraining:
         with self._autocast():
             targets = self.model.run_all(index, teacher, streams.teacher, batch_size, task.advance)
         block, layers = self._student_block(index, teacher)
-        before = self._optimize(index, block, layers, streams.student, targets, task)
+        self.model.drop_block(index)
+        before = self._error_before(index, block, streams.student, targets)
+        self._optimize(index, block, layers, streams.student, targets, task)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
         for name, layer in layers.items():
-            replace_module(block, name, packed_layer(quantized[name], layer.bias))
+            replace_module(block, name, FdbLinear.holding(quantized[name], layer.bias))
         with self._autocast():
             output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
         after = _mean_error(output, targets, batch_size)
         self._save_block(index, quantized, layers)
-        self.model.drop_block(index)
         streams.teacher, streams.student = targets, output
         return {"error_before": round(before, 6), "error_after": round(after, 6)}
+
+    def _error_before(
+        self, index: int, block: nn.Module, entering: Tensor, targets: Tensor
+    ) -> float:
+        """The untrained block's error, over the first batches: the whole would take a pass."""
+        batch_size = self.config.batch_size
+        few = slice(0, _BATCHES_BEFORE * batch_size)
+        with self._autocast():
+            output = self.model.run_all(index, block, entering[few], batch_size)
+        return _mean_error(output, targets[few], batch_size)
 
     def _student_block(
         self, index: int, teacher: nn.Module
@@ -170,13 +186,12 @@ class _BlockTraining:
         entering: Tensor,
         targets: Tensor,
         task: Task,
-    ) -> float:
-        """Train the layers; returns the loss of the first step."""
+    ) -> None:
+        """Train the layers."""
         if not layers:
-            return 0.0
+            return
         optimizer = RelativeAdamW(layers, self.config.latent_lr, self.config.scale_lr)
         total, device = self.steps(len(entering)), self.ctx.device
-        first = 0.0
         for step, chosen in enumerate(self._batches(index, len(entering))):
             with self._autocast():
                 output = self.model.run_block(index, block, entering[chosen].to(device))
@@ -189,9 +204,7 @@ class _BlockTraining:
                 )
             loss.backward()
             optimizer.step(schedule_factor(step, total, self.config.warmup_steps))
-            first = value if step == 0 else first
             task.advance(len(chosen), block=index, loss=value)
-        return first
 
     def _save_block(
         self,
@@ -223,18 +236,6 @@ class _BlockTraining:
                 )
                 full = f"{self.model.blocks.name(index)}.{name}"
                 yield full, quantized, latent if self.config.keep_latents else None
-
-
-def packed_layer(quantized: QuantizedMatrix, bias: Tensor | None) -> FdbLinear:
-    """A packed layer with these planes and scales."""
-    _, out_features, _ = quantized.weight.shape
-    layer = FdbLinear(
-        quantized.in_features, out_features, quantized.group_size, bias is not None, torch.float32
-    )
-    layer.weight, layer.alpha = quantized.weight, quantized.alpha
-    if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
-    return layer
 
 
 def _mean_error(output: Tensor, targets: Tensor, batch_size: int) -> float:

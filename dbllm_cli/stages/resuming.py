@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import shutil
 from pathlib import Path
 
@@ -11,12 +10,14 @@ from torch import Tensor
 
 from dbllm_cli.llm.tensors import TensorFolder, save_tensors
 from dbllm_cli.progress import Progress
+from dbllm_cli.stages.machine import processor
 
 
-def note_environment(scratch: Path, progress: Progress) -> None:
+def note_environment(scratch: Path, device: str, progress: Progress) -> None:
     """Record where a run was begun, and say so when it goes on elsewhere: its bytes may differ."""
     here = {
-        "processor": platform.processor() or platform.machine(),
+        "device": device,
+        "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -55,9 +56,14 @@ def save_checkpoint(
 def last_checkpoint(scratch: Path, name: str) -> tuple[dict[str, Tensor], dict[str, object]] | None:
     """The newest checkpoint's tensors and state."""
     numbers = _checkpoints(scratch, name)
-    if not numbers:
-        return None
-    folder = scratch / f"{name}-{max(numbers)}"
+    return read_checkpoint(scratch, name, max(numbers)) if numbers else None
+
+
+def read_checkpoint(
+    scratch: Path, name: str, number: int
+) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors and the state of checkpoint `<name>-<number>`."""
+    folder = scratch / f"{name}-{number}"
     state: dict[str, object] = json.loads((folder / "state.json").read_text())
     return dict(TensorFolder(folder).items()), state
 

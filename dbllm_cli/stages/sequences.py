@@ -1,5 +1,6 @@
 """The calibration artifact: what is in it, and whether it belongs to the model at hand."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,24 @@ def open_calibration(artifact: Artifact) -> Calibration:
         tokens.get("held_out").to(torch.int64),
         dict(statistics.items()),
     )
+
+
+def require_same_tokenizer(calibration: Artifact, digest: str) -> None:
+    """Check that a calibration's tokens mean the same to a model.
+
+    Args:
+        calibration: the artifact.
+        digest: of the model's tokenizer.
+
+    Raises:
+        ArtifactMissingError: they were made by another tokenizer.
+    """
+    metrics = json.loads((calibration.path / "metrics.json").read_text())
+    if metrics["tokenizer_digest"] != digest:
+        raise ArtifactMissingError(
+            f"calibration {calibration.path} was made with another model's tokenizer",
+            "give the calibration of this model, or --text FILE",
+        )
 
 
 def require_same_model(inputs: Mapping[str, Artifact]) -> None:

@@ -22,6 +22,8 @@ _BUILTINS = {
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".tiktoken")
+# Not part of the digest: a licence goes with a model, but does not change it.
+_PAPERS = ("LICENSE*", "NOTICE*", "*.md")
 _FORMS = "a folder, a .gguf file, a hub id OWNER/NAME or " + ", ".join(_BUILTINS)
 
 
@@ -124,7 +126,7 @@ def _from_hub(reference: str, revision: str | None, download: bool) -> Path | No
         folder = snapshot_download(
             reference,
             revision=revision,
-            allow_patterns=[f"*{suffix}" for suffix in _SUFFIXES],
+            allow_patterns=[*(f"*{suffix}" for suffix in _SUFFIXES), *_PAPERS],
             ignore_patterns=["*/*", "consolidated*"],
             local_files_only=not download,
         )
@@ -153,6 +155,7 @@ def _model_files(folder: Path) -> list[Path]:
 
 def _check_folder(folder: Path) -> None:
     _refuse_our_own(folder)
+    _refuse_quantized(folder)
     if not (folder / "config.json").is_file():
         raise ArtifactMissingError(
             f"model {folder} has no config.json", "give the folder that save_pretrained wrote"
@@ -196,6 +199,17 @@ def _refuse_our_own(folder: Path) -> None:
         raise ArtifactMissingError(
             f"{folder} is of kind {kind}, made by dbllm; a full-precision model is needed here",
             f"name {_FORMS}",
+        )
+
+
+def _refuse_quantized(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        return
+    quantization = _json_object(folder / "config.json").get("quantization_config")
+    if isinstance(quantization, dict):
+        raise ArtifactMissingError(
+            f"model {folder} is already quantized by {quantization.get('quant_method')}",
+            "give the full-precision model that it was made from",
         )
 
 

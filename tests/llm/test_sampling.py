@@ -9,7 +9,9 @@ from dbllm_cli.llm.sampling import SamplingSettings, sample_sequences
 from dbllm_cli.progress import SilentProgress
 from tests.llm.conftest import VOCABULARY
 
-SETTINGS = SamplingSettings(sequence_length=14, greedy_tokens=3, temperature=1.0, top_k=5)
+SETTINGS = SamplingSettings(
+    sequence_length=14, greedy_tokens=3, temperature=1.0, top_k=5, start_tokens=VOCABULARY
+)
 
 
 def _sample(
@@ -67,7 +69,9 @@ def test_sequences_are_prefix_start_token_greedy_tokens_and_likely_tokens(
 def test_sampling_is_at_the_temperature_from_the_model_s_distribution(
     llama: PreTrainedModel,
 ) -> None:
-    settings = SamplingSettings(sequence_length=3, greedy_tokens=0, temperature=2.0, top_k=0)
+    settings = SamplingSettings(
+        sequence_length=3, greedy_tokens=0, temperature=2.0, top_k=0, start_tokens=VOCABULARY
+    )
     sequences = _sample(llama, settings, count=6000)
     start = int(sequences[:, 1].mode().values)
     drawn = sequences[sequences[:, 1] == start, 2]
@@ -81,3 +85,12 @@ def test_sampling_is_at_the_temperature_from_the_model_s_distribution(
 def test_a_prefix_as_long_as_the_sequence_is_cut_to_it(llama: PreTrainedModel) -> None:
     settings = replace(SETTINGS, sequence_length=2)
     assert _sample(llama, settings, prefix=(1, 2, 3)).tolist() == [[1, 2]] * 6
+
+
+def test_start_tokens_are_never_rows_that_the_tokenizer_does_not_know(
+    llama: PreTrainedModel,
+) -> None:
+    settings = SamplingSettings(
+        sequence_length=2, greedy_tokens=0, temperature=1.0, top_k=0, start_tokens=5
+    )
+    assert _sample(llama, settings, count=200)[:, 1].max() == 4

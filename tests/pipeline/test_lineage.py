@@ -5,9 +5,9 @@ import pytest
 
 from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.pipeline.lineage import key_of, keyed_config, lineage_of
+from dbllm_cli.pipeline.lineage import keyed_config, lineage_of
 from dbllm_cli.stages.spec import StageSpec
-from dbllm_cli.store import Artifact, Store
+from dbllm_cli.store import Artifact, Store, lineage_key
 
 Stages = dict[str, StageSpec]
 
@@ -30,7 +30,7 @@ def test_a_setting_marked_as_no_part_of_the_key_changes_no_key(
     stages: Stages, store: Store
 ) -> None:
     keys = {
-        key_of(stages["train"], config(stages, "train", **settings), {}, store)
+        lineage_key(lineage_of(stages["train"], config(stages, "train", **settings), {}, store))
         for settings in ({}, {"save_every": 9}, {"steps": 10}, {"steps": 11})
     }
     assert len(keys) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from dbllm_cli.__main__ import run
 from dbllm_cli.errors import (
@@ -18,7 +18,10 @@ from dbllm_cli.errors import (
     DbllmError,
     StageFailedError,
 )
-from dbllm_cli.store import Artifact
+from dbllm_cli.pipeline.run import run_stage
+from dbllm_cli.progress import SilentProgress
+from dbllm_cli.stages.spec import STAGES
+from dbllm_cli.store import Artifact, resolve_input
 from tests.conftest import Workshop
 from tests.tiny_models import save_model, save_tokenizer
 
@@ -226,3 +229,61 @@ def test_a_student_that_gives_no_numbers_ends_the_stage(
     with pytest.raises(DbllmError) as caught:
         fresh.run("distill", training | {"student": broken}, steps=1)
     assert isinstance(caught.value, StageFailedError | ArtifactCorruptError)
+
+
+def test_a_teacher_that_is_already_quantized_is_refused(fresh: Workshop, copied: Path) -> None:
+    path = copied / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ArtifactMissingError, match="already quantized by fp8"):
+        fresh.model(copied)
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "init-fdb", "eval-ppl"])
+def test_a_device_that_is_not_here_is_told(
+    fresh: Workshop, llama: Artifact, text_file: Path, stage: str
+) -> None:
+    spec = STAGES[stage]
+    settings = {"text": str(text_file), "sequence_length": 24} if stage == "eval-ppl" else {}
+    with pytest.raises(ConfigError, match="device xpu can't be used"):
+        run_stage(
+            spec,
+            spec.config(**settings),
+            {"model": llama},
+            fresh.store,
+            progress=SilentProgress(),
+            device="xpu",
+        )
+
+
+def test_a_calibration_of_another_tokenizer_is_not_evaluated_on(
+    fresh: Workshop, calibration: Artifact, copied: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(copied)
+    inputs = {"model": fresh.model(copied), "calibration": calibration}
+    with pytest.raises(ArtifactMissingError, match="another model's tokenizer"):
+        fresh.run("eval-ppl", inputs)
+
+
+def test_a_text_and_a_calibration_at_once_are_refused(
+    fresh: Workshop, llama: Artifact, calibration: Artifact, text_file: Path
+) -> None:
+    inputs = {"model": llama, "calibration": calibration}
+    with pytest.raises(ConfigError, match="both a text and a calibration"):
+        fresh.run("eval-ppl", inputs, text=str(text_file), sequence_length=24)
+
+
+def test_a_packed_folder_of_a_newer_format_asks_for_an_upgrade(
+    fresh: Workshop, start: Artifact, tmp_path: Path, text_file: Path
+) -> None:
+    folder = shutil.copytree(fresh.make("pack", {"fdb": start}).path, tmp_path / "newer")
+    (folder / "manifest.json").unlink()
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format_version"] = 99
+    path.write_text(json.dumps(config))
+    packed = resolve_input(str(folder), ("model", "packed"), fresh.store)
+    with pytest.raises(ArtifactMissingError, match="packed format 99 is newer"):
+        fresh.run("eval-ppl", {"model": packed}, text=str(text_file), sequence_length=24)

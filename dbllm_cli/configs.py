@@ -149,7 +149,7 @@ class DistillConfig(TrainConfig):
     steps: int = Field(40, gt=0, description="optimizer steps")
     gradient_accumulation: int = Field(1, gt=0, description="batches summed up for one step")
     latent_lr: float = Field(
-        3e-3, gt=0, description="learning rate of latent weights, times the layer's mean |alpha1|"
+        5e-4, gt=0, description="learning rate of latent weights, times the layer's mean |alpha1|"
     )
     scale_lr: float = Field(
         1e-3, gt=0, description="learning rate of scales, times the layer's mean |alpha1|"

@@ -31,7 +31,7 @@ from dbllm_cli.stages.resuming import (
 )
 from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
-from dbllm_cli.stages.trained_layers import make_trainable
+from dbllm_cli.stages.trained_layers import autocast, make_trainable
 from dbllm_cli.store import Artifact
 
 
@@ -150,18 +150,13 @@ class _Trainer:
         generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
         return torch.randperm(len(self.sequences), generator=generator)
 
-    def _autocast(self) -> torch.autocast:
-        kind = torch.device(self.ctx.device).type
-        enabled = self.config.compute_dtype == "bfloat16"
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
-
     def _forward(self, batch: Tensor) -> tuple[Tensor, LossAndGradient]:
         """The student's hidden states and the loss with its gradient to them."""
         with torch.no_grad():
             target = (
                 final_hidden(self.teacher, batch) if self.config.loss != "ce" else torch.empty(0)
             )
-        with self._autocast():
+        with autocast(self.ctx.device, self.config.compute_dtype):
             hidden = final_hidden(self.model, batch)
             outcome = distillation_loss(self.loss, hidden, target, batch, self.heads)
         return hidden, outcome

@@ -27,7 +27,7 @@ from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
 from dbllm_cli.stages.resuming import last_checkpoint, note_environment, save_checkpoint
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
-from dbllm_cli.stages.trained_layers import latent_layer, replace_module
+from dbllm_cli.stages.trained_layers import autocast, latent_layer, replace_module
 from dbllm_cli.store import Artifact
 
 _BATCHES_BEFORE = 4
@@ -106,16 +106,11 @@ class _BlockTraining:
         """Optimizer steps of one block."""
         return math.ceil(samples / self.config.batch_size) * self.config.passes
 
-    def _autocast(self) -> torch.autocast:
-        kind = torch.device(self.ctx.device).type
-        enabled = self.config.compute_dtype == "bfloat16"
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
-
     def _train_block(self, index: int, streams: _Streams, task: Task) -> dict[str, float]:
         """Train one block; the streams move on to its outputs."""
         batch_size = self.config.batch_size
         teacher = self.model.load_block(index)
-        with self._autocast():
+        with autocast(self.ctx.device, self.config.compute_dtype):
             targets = self.model.run_all(index, teacher, streams.teacher, batch_size, task.advance)
         block, layers = self._student_block(index, teacher)
         self.model.drop_block(index)
@@ -124,7 +119,7 @@ class _BlockTraining:
         quantized = {name: layer.quantize() for name, layer in layers.items()}
         for name, layer in layers.items():
             replace_module(block, name, FdbLinear.holding(quantized[name], layer.bias))
-        with self._autocast():
+        with autocast(self.ctx.device, self.config.compute_dtype):
             output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
         after = _mean_error(output, targets, batch_size)
         self._save_block(index, quantized, layers)
@@ -137,7 +132,7 @@ class _BlockTraining:
         """The untrained block's error, over the first batches: the whole would take a pass."""
         batch_size = self.config.batch_size
         few = slice(0, _BATCHES_BEFORE * batch_size)
-        with self._autocast():
+        with autocast(self.ctx.device, self.config.compute_dtype):
             output = self.model.run_all(index, block, entering[few], batch_size)
         return _mean_error(output, targets[few], batch_size)
 
@@ -193,7 +188,7 @@ class _BlockTraining:
         optimizer = RelativeAdamW(layers, self.config.latent_lr, self.config.scale_lr)
         total, device = self.steps(len(entering)), self.ctx.device
         for step, chosen in enumerate(self._batches(index, len(entering))):
-            with self._autocast():
+            with autocast(self.ctx.device, self.config.compute_dtype):
                 output = self.model.run_block(index, block, entering[chosen].to(device))
             loss = relative_token_error(output, targets[chosen].to(device))
             value = float(loss.detach())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from dbllm_cli.fdb.linear import FdbLinear
@@ -36,6 +37,17 @@ def latent_layer(
     )
     latent = student.latent(name, on_device, teacher)
     return LatentLinear(on_device, latent.to(device), bias)
+
+
+def autocast(device: str, compute_dtype: str) -> torch.autocast:
+    """The context that both training stages run their products in.
+
+    Args:
+        device: torch device.
+        compute_dtype: bfloat16 casts the products; float32 casts nothing.
+    """
+    enabled = compute_dtype == "bfloat16"
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:

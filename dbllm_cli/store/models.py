@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal, overload
 
-from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
+from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, first_line
 from dbllm_cli.store.artifact import Artifact
 from dbllm_cli.store.digest import files_digest
 from dbllm_cli.store.manifest import MANIFEST
@@ -141,9 +141,9 @@ def _from_hub(reference: str, revision: str | None, download: bool) -> Path | No
 
 def _not_downloaded(reference: str, revision: str | None, error: Exception) -> ArtifactMissingError:
     at = f" at revision {revision}" if revision else ""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ArtifactMissingError(
-        f"{reference} is no folder here, and as a hub id{at} it can't be downloaded: {reason}",
+        f"{reference} is no folder here, and as a hub id{at} it can't be downloaded: "
+        f"{first_line(error)}",
         "check the name and the network (a gated model also needs `hf auth login`), or give the "
         "path of a folder",
     )

@@ -103,6 +103,18 @@ def test_the_size_of_the_chunks_changes_nothing(
     assert torch.allclose(parts.gradient, whole.gradient, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_without_gradients_the_losses_are_the_same_and_none_is_computed(
+    settings: DistillationLoss, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = _batch().loss(settings)
+    monkeypatch.delattr(torch.autograd, "grad")
+    with torch.no_grad():
+        measured = _batch().loss(settings)
+    assert (measured.loss, measured.plain) == (trained.loss, trained.plain)
+    assert not measured.gradient.any()
+
+
 @pytest.mark.parametrize("ambiguity", AMBIGUITIES)
 def test_dad_weights_have_mean_one_in_each_sequence_and_grow_with_ambiguity(ambiguity: str) -> None:
     entropies = torch.rand(3, 2, 9, generator=torch.Generator().manual_seed(0)) + 0.1
@@ -156,8 +168,7 @@ def test_the_gradient_has_the_dtype_of_the_hidden_states_and_the_loss_is_float32
         batch.student_head,
         batch.teacher_head,
     )
-    with torch.no_grad():
-        result = half.loss(DistillationLoss("kd"))
+    result = half.loss(DistillationLoss("kd"))
     assert result.gradient.dtype == torch.bfloat16
     assert result.loss.dtype == torch.float32
     reference = batch.loss(DistillationLoss("kd")).gradient

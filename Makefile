@@ -11,7 +11,7 @@ JOBS     ?= 2
 VENV    := .venv
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/pip install --constraint constraints.txt
-SOURCES := pyproject.toml constraints.txt
+SOURCES := pyproject.toml constraints.txt $(wildcard dbllm_cli/kernels/csrc/*)
 # The path of the packed model among the steps of a finished pipeline.
 PACKED  := $(BIN)/python -c 'import json, sys; steps = json.load(sys.stdin)["steps"]; \
            print(next(step["path"] for step in steps if step["stage"] == "pack"))'

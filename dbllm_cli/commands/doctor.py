@@ -1,5 +1,6 @@
 """`doctor`: what this machine has of what dbllm needs, told without importing torch."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -79,6 +80,7 @@ def _checks(store: Path) -> Iterator[Check]:
     yield _memory()
     yield _store(store)
     yield _compiler()
+    yield _kernels()
     yield _gpu()
     yield _demo_model(store)
 
@@ -157,7 +159,24 @@ def _compiler() -> Check:
     found = next((path for name in (wanted, "gcc", "clang") if (path := shutil.which(name))), None)
     if found:
         return Check("C compiler", True, found)
-    return Check("C compiler", True, "absent", "apt-get install gcc (for torch.compile)")
+    return Check("C compiler", True, "absent", "apt-get install gcc (for the CPU kernels)")
+
+
+def _kernels() -> Check:
+    """Whether the compiled CPU kernels are there; kernels.cpu loads them, but imports torch."""
+    folder = Path(__file__).parent.parent / "kernels"
+    path = next(iter(sorted(folder.glob("_cpu*.so"))), None)
+    if path is None:
+        found = "not compiled: packed models run in plain torch, several times slower"
+        hint = "install a C compiler, then: pip install --force-reinstall --no-deps -e ."
+        return Check("CPU kernels", True, found, hint)
+    choose = ctypes.CDLL(str(path)).dbllm_choose
+    choose.restype = ctypes.c_char_p
+    forced = os.environ.get("DBLLM_KERNEL")
+    best: bytes = choose(None)
+    return Check(
+        "CPU kernels", True, best.decode() + (f", DBLLM_KERNEL={forced}" if forced else "")
+    )
 
 
 def _gpu() -> Check:

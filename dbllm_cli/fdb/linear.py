@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.kernels import fdb_linear
+from dbllm_cli.kernels import TILED_DTYPES, cpu_kernels, fdb_linear, fdb_linear_tiled
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -24,10 +24,14 @@ class FdbLinear(nn.Module):
 
     Buffers: `weight` uint8 `[2, out, ceil(in / 8)]`, `alpha` float16 `[2, out, groups]`. The scales
     stay float16 when the model is cast, so that a cast never changes a weight.
+
+    `use_cpu_kernels` replaces both by one buffer `tiles` in the layout of the compiled kernels;
+    what is saved, read or moved to another device is planes and scales again.
     """
 
-    weight: Tensor
-    alpha: Tensor
+    weight: Tensor | None
+    alpha: Tensor | None
+    tiles: Tensor | None
 
     def __init__(
         self,
@@ -49,27 +53,71 @@ class FdbLinear(nn.Module):
         scales = torch.empty(2, out_features, groups, dtype=torch.float16, device=device)
         self.register_buffer("weight", planes)
         self.register_buffer("alpha", scales)
+        self.register_buffer("tiles", None, persistent=False)
         bias_values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if bias_values is None else nn.Parameter(bias_values)
 
     @property
     def quantized(self) -> QuantizedMatrix:
         """The layer's planes and scales."""
-        return QuantizedMatrix(self.weight, self.alpha, self.in_features, self.group_size)
+        weight, alpha = self._planes()
+        return QuantizedMatrix(weight, alpha, self.in_features, self.group_size)
+
+    def use_cpu_kernels(self) -> None:
+        """Lay planes and scales out for the compiled kernels, where there are any for the layer."""
+        kernels = cpu_kernels()
+        if kernels is None or self.weight is None or not kernels.fits(self.group_size):
+            return
+        weight, alpha = self._planes()
+        if weight.device.type == "cpu":
+            self.tiles = kernels.to_tiles(weight, alpha, self.in_features, self.group_size)
+            self.weight = self.alpha = None
+
+    def _planes(self) -> tuple[Tensor, Tensor]:
+        if self.tiles is not None:
+            kernels = cpu_kernels()
+            assert kernels is not None
+            return kernels.from_tiles(
+                self.tiles, self.in_features, self.out_features, self.group_size
+            )
+        assert self.weight is not None
+        assert self.alpha is not None
+        return self.weight, self.alpha
+
+    def _leave_cpu_kernels(self) -> None:
+        self.weight, self.alpha = self._planes()
+        self.tiles = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` to `[..., out]`, in x's dtype, or autocast's where that is on."""
         x = autocast_input(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        product: Tensor = fdb_linear(x, self.weight, self.alpha, bias, self.group_size)
-        return product
+        if self.tiles is None or x.dtype not in TILED_DTYPES:
+            weight, alpha = self._planes()
+            product: Tensor = fdb_linear(x, weight, alpha, bias, self.group_size)
+            return product
+        shape = (self.in_features, self.out_features, self.group_size)
+        result = fdb_linear_tiled(x, self.tiles, *shape)
+        return result if bias is None else result + bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        if self.tiles is not None and fn(self.tiles[:0]).device.type != "cpu":
+            self._leave_cpu_kernels()
         stored = self.alpha
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.alpha.dtype != stored.dtype:
+        if stored is not None and self.alpha is not None and self.alpha.dtype != stored.dtype:
             self.alpha = stored.to(self.alpha.device)
         return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"], destination[f"{prefix}alpha"] = self._planes()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._leave_cpu_kernels()
+        super()._load_from_state_dict(*args, **kwargs)
 
     @classmethod
     def holding(cls, quantized: QuantizedMatrix, bias: Tensor | None) -> Self:

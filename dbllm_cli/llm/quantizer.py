@@ -64,6 +64,24 @@ class DbllmQuantizer(HfQuantizer):
         convert_layers(model, settings.group_size, settings.modules_to_not_convert)
         return model
 
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        del kwargs
+        # A layer that is offloaded from a GPU comes back to it at every call.
+        if set(map(str, (getattr(model, "hf_device_map", None) or {"": "cpu"}).values())) == {
+            "cpu"
+        }:
+            for module in model.modules():
+                if isinstance(module, FdbLinear):
+                    module.use_cpu_kernels()
+        return model
+
+    @property
+    def is_compileable(self) -> bool:
+        """The product is a torch operator with a fake implementation."""
+        return True
+
     def is_serializable(self) -> bool:
         """Packed models save as they were loaded."""
         return True

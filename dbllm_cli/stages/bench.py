@@ -12,6 +12,7 @@ import torch
 from dbllm_cli.configs import BenchConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.quantized import count_planes, stored_bits
+from dbllm_cli.kernels import REFERENCE, cpu_kernels
 from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import Model, load_model, model_folder, require_positions
 from dbllm_cli.llm.packed import PackedFolder
@@ -65,7 +66,7 @@ def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Me
         "device": _device_name(ctx.device),
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "kernel": "reference",
+        "kernel": _kernel(contenders[1].model),
     }
     for contender in contenders:
         figures = _figures(config, times[contender.name], contender.model)
@@ -139,6 +140,13 @@ def _spread(seconds: tuple[float, ...]) -> dict[str, float]:
         "fastest": round(min(seconds), 6),
         "slowest": round(max(seconds), 6),
     }
+
+
+def _kernel(model: Model) -> str:
+    """The instruction set of the compiled kernels, or the reference, that a packed model runs on."""
+    kernels = cpu_kernels()
+    tiled = any(layer.tiles is not None for _, layer in packed_layers(model))
+    return kernels.instruction_set if kernels is not None and tiled else REFERENCE
 
 
 def _device_name(device: str) -> str:

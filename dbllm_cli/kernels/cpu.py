@@ -1,0 +1,122 @@
+"""The compiled CPU kernels of `csrc/`: found, chosen for this processor, registered with torch.
+
+`DBLLM_KERNEL` forces an instruction set, or `reference` for none: plain torch unpacks the planes
+at every call. Without the compiled library, or with a torch before 2.10, the reference is all.
+"""
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbllm_cli.errors import ConfigError
+
+VARIABLE = "DBLLM_KERNEL"
+REFERENCE = "reference"
+_SETS = ("avx512", "avx2", "portable")
+_WORD_INPUTS = 32
+
+# The operator is defined here and implemented by the library, for CPU tensors alone.
+_OPERATORS = torch.library.Library("dbllm", "FRAGMENT")
+_OPERATORS.define(
+    "fdb_linear_tiled(Tensor x, Tensor tiles, int out_features, int group_size) -> Tensor"
+)
+
+
+class CpuKernels:
+    """The loaded library.
+
+    Attributes:
+        instruction_set: the one in use.
+    """
+
+    def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+        self._tile = library.dbllm_tile
+        self._tile.restype = None
+        self._tile.argtypes = [*[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 3, ctypes.c_int]
+        self._bytes = library.dbllm_tiles_bytes
+        self._bytes.restype = ctypes.c_int64
+        self._bytes.argtypes = [ctypes.c_int64] * 3
+
+    def fits(self, group_size: int) -> bool:
+        """Whether there is a kernel for this group size: a multiple of 32."""
+        return group_size % _WORD_INPUTS == 0
+
+    def to_tiles(self, weight: Tensor, alpha: Tensor, in_features: int, group_size: int) -> Tensor:
+        """Planes and scales in the layout of the kernels (`csrc/fdb.h`).
+
+        It takes as many bytes as they, but for rows that fill the last tile of 16 and inputs that
+        fill the last word of 32.
+
+        Args:
+            weight: planes, uint8 `[2, out, ceil(in / 8)]` on the CPU.
+            alpha: scales, float16 `[2, out, groups]` on the CPU.
+            in_features: inputs of the layer.
+            group_size: a multiple of 32.
+
+        Returns:
+            uint8 `[bytes]`.
+        """
+        weight, alpha = weight.contiguous(), alpha.contiguous()
+        shape = (in_features, weight.shape[1], group_size)
+        tiles = torch.zeros(self._bytes(*shape), dtype=torch.uint8)
+        self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 1)
+        return tiles
+
+    def from_tiles(
+        self, tiles: Tensor, in_features: int, out_features: int, group_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """The inverse of `to_tiles`: planes and scales."""
+        weight = torch.zeros(2, out_features, -(-in_features // 8), dtype=torch.uint8)
+        groups = -(-in_features // group_size)
+        alpha = torch.zeros(2, out_features, groups, dtype=torch.float16)
+        shape = (in_features, out_features, group_size)
+        self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 0)
+        return weight, alpha
+
+
+@cache
+def cpu_kernels() -> CpuKernels | None:
+    """The kernels for this processor; None where the reference is used.
+
+    Raises:
+        ConfigError: DBLLM_KERNEL names an instruction set that is not there.
+    """
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted == REFERENCE:
+        return None
+    loaded = _load(wanted)
+    if isinstance(loaded, CpuKernels):
+        return loaded
+    if wanted is not None:
+        raise ConfigError(
+            f"{VARIABLE}={wanted} can't be used: {loaded}",
+            f"one of {', '.join((*_SETS, REFERENCE))}; dbllm doctor says which are there",
+        )
+    return None
+
+
+def _load(wanted: str | None) -> CpuKernels | str:
+    """The kernels, or why there are none."""
+    path = library_path()
+    if path is None:
+        return "the kernels are not compiled"
+    library = ctypes.CDLL(str(path))
+    library.dbllm_choose.restype = library.dbllm_register.restype = ctypes.c_char_p
+    chosen = library.dbllm_choose(None if wanted is None else wanted.encode())
+    if chosen is None:
+        return "this processor does not have it"
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    lacking = library.dbllm_register(str(torch_library).encode())
+    if lacking is not None:
+        return f"torch {torch.__version__} lacks {lacking.decode()}"
+    return CpuKernels(library, chosen.decode())
+
+
+def library_path() -> Path | None:
+    """The compiled library beside this module, or None."""
+    return next(iter(sorted(Path(__file__).parent.glob("_cpu*.so"))), None)

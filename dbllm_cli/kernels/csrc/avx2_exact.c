@@ -1,0 +1,100 @@
+/* AVX2, exact: tables of the 16 sums of every 4 activations in float32, looked up by two vpermps. */
+#include "avx2.h"
+
+#if defined(__x86_64__)
+
+enum { WORD_TABLE = 512 };
+
+TARGET static void make_tables(const fdb_shape *shape, const float *x, int64_t columns,
+                               int64_t first, int64_t last, uint8_t *tables, float *steps) {
+    int64_t all_words = fdb_words_before(shape, fdb_groups(shape));
+    for (int64_t group = first; group < last; group++) {
+        int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
+        for (int64_t column = 0; column < columns; column++) {
+            const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
+            steps[group * columns + column] = 1.0f + largest_magnitude(inputs, words) * 0.0f;
+            for (int64_t quad = 0; quad < words * 8; quad++, inputs += 4) {
+                float *sums = (float *)(tables + ((word + quad / 8) * columns + column) * WORD_TABLE) +
+                              quad % 8 * 16;
+                sums[0] = 0;
+                for (int i = 0; i < 4; i++)
+                    for (int v = 0; v < 1 << i; v++) sums[v + (1 << i)] = sums[v] + inputs[i];
+            }
+        }
+    }
+}
+
+/* One quad of 8 rows, whose nibble is the lowest of each word. */
+INLINE __m256 look_up(__m256i words, __m256 first, __m256 second) {
+    __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, words),
+                            _mm256_permutevar8x32_ps(second, words), upper);
+}
+
+INLINE void add_word(const uint8_t *plane1, const uint8_t *plane2, const uint8_t *table,
+                     __m256 *sums1, __m256 *sums2) {
+    __m256i bits1[2], bits2[2];
+    for (int half = 0; half < 2; half++) {
+        bits1[half] = _mm256_loadu_si256((const __m256i *)(plane1 + half * 32));
+        bits2[half] = _mm256_loadu_si256((const __m256i *)(plane2 + half * 32));
+    }
+    for (int quad = 0; quad < 8; quad++) {
+        const float *sums = (const float *)table + quad * 16;
+        __m256 first = _mm256_loadu_ps(sums), second = _mm256_loadu_ps(sums + 8);
+        for (int half = 0; half < 2; half++) {
+            sums1[half] = _mm256_add_ps(sums1[half], look_up(bits1[half], first, second));
+            sums2[half] = _mm256_add_ps(sums2[half], look_up(bits2[half], first, second));
+            bits1[half] = _mm256_srli_epi32(bits1[half], 4);
+            bits2[half] = _mm256_srli_epi32(bits2[half], 4);
+        }
+    }
+}
+
+/* One tile of one group for one column, whose tables lie `stride` bytes apart. */
+INLINE void add_tile(const uint8_t *tile, int64_t words, const uint8_t *tables, int64_t stride,
+                     float step, float *y) {
+    const uint8_t *scales = tile + words * 2 * FDB_PLANE_BYTES;
+    __m256 sums1[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    __m256 sums2[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int64_t word = 0; word < words; word++) {
+        int64_t even = word & ~(int64_t)1, pair = fdb_min(2, words - even);
+        const uint8_t *plane = tile + (even * 2 + (word & 1)) * FDB_PLANE_BYTES;
+        add_word(plane, plane + pair * FDB_PLANE_BYTES, tables + word * stride, sums1, sums2);
+    }
+    for (int half = 0; half < 2; half++) {
+        const uint8_t *halves = scales + half * 16;
+        __m256 part = _mm256_mul_ps(load_scales(halves + FDB_SCALE_BYTES / 2), sums2[half]);
+        part = _mm256_fmadd_ps(load_scales(halves), sums1[half], part);
+        float *to = y + half * 8;
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_set1_ps(step), part, _mm256_loadu_ps(to)));
+    }
+}
+
+TARGET static void product(const fdb_shape *shape, const uint8_t *tiles, const uint8_t *tables,
+                           const float *steps, int64_t columns, int64_t first, int64_t last,
+                           float *y) {
+    int64_t groups = fdb_groups(shape), stretch = fdb_stretch_groups(shape);
+    memset(y + first * columns * FDB_BLOCK_ROWS, 0,
+           (size_t)((last - first) * columns * FDB_BLOCK_ROWS) * sizeof *y);
+    for (int64_t from = 0; from < groups; from += stretch) {
+        int64_t to = fdb_min(groups, from + stretch);
+        for (int64_t block = first; block < last; block++) {
+            const uint8_t *tile = tiles + fdb_block_offset(shape, from, to, block);
+            for (int64_t group = from; group < to; group++) {
+                int64_t words = fdb_group_words(shape, group);
+                const uint8_t *own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
+                for (int64_t i = 0; i < fdb_block_tiles(shape, block); i++) {
+                    for (int64_t c = 0; c < columns; c++)
+                        add_tile(tile, words, own + c * WORD_TABLE, columns * WORD_TABLE,
+                                 steps[group * columns + c],
+                                 y + (block * columns + c) * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
+                    tile += fdb_tile_bytes(shape, group, group + 1);
+                }
+            }
+        }
+    }
+}
+
+const fdb_kernel fdb_avx2_exact = {"avx2-exact", WORD_TABLE, make_tables, product};
+
+#endif

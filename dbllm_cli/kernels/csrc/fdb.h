@@ -1,0 +1,107 @@
+/* The packed product on a CPU: y = alpha1 (b1 x) + alpha2 (b2 x), over weights laid out in tiles.
+ *
+ * Nothing here knows of torch or of threads: a caller makes the tables of its activations, then
+ * calls the product for ranges of blocks of rows, from as many threads as it likes.
+ *
+ * Layout. A tile is TILE_ROWS rows of one group: for every 64 inputs of the group (the last piece
+ * may hold 32) plane b1 of the first 32 inputs, one 32-bit word a row, b1 of the second 32, b2 of
+ * the first, b2 of the second; then alpha1 and alpha2 of the rows in float16. Input i of a word is
+ * bit i. Tiles follow each other in the order: stretch of groups (FDB_STRETCH_INPUTS inputs), block
+ * of FDB_BLOCK_TILES tiles, group of the stretch, tile of the block. Rows beyond the last are zero;
+ * so are inputs beyond the last, of which a short last group has fewer than 32.
+ */
+#ifndef DBLLM_FDB_H
+#define DBLLM_FDB_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    FDB_TILE_ROWS = 16,
+    FDB_BLOCK_TILES = 4,
+    FDB_BLOCK_ROWS = FDB_TILE_ROWS * FDB_BLOCK_TILES,
+    FDB_WORD_INPUTS = 32,
+    FDB_STRETCH_INPUTS = 512, /* so that the tables of a stretch stay in the first-level cache */
+    FDB_PLANE_BYTES = FDB_TILE_ROWS * 4,
+    FDB_SCALE_BYTES = FDB_TILE_ROWS * 4,
+    FDB_MAX_COLUMNS = 32, /* columns of one call of a product */
+};
+
+typedef struct {
+    int64_t in_features;
+    int64_t out_features;
+    int64_t group_size; /* a multiple of 32 */
+} fdb_shape;
+
+static inline int64_t fdb_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t fdb_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline int64_t fdb_groups(const fdb_shape *s) {
+    return fdb_ceil_div(s->in_features, s->group_size);
+}
+static inline int64_t fdb_tiles(const fdb_shape *s) {
+    return fdb_ceil_div(s->out_features, FDB_TILE_ROWS);
+}
+static inline int64_t fdb_blocks(const fdb_shape *s) {
+    return fdb_ceil_div(fdb_tiles(s), FDB_BLOCK_TILES);
+}
+static inline int64_t fdb_stretch_groups(const fdb_shape *s) {
+    return s->group_size < FDB_STRETCH_INPUTS ? FDB_STRETCH_INPUTS / s->group_size : 1;
+}
+/* Words of 32 inputs from the first group up to `group`. */
+static inline int64_t fdb_words_before(const fdb_shape *s, int64_t group) {
+    int64_t inputs = fdb_min(group * s->group_size, s->in_features);
+    return fdb_ceil_div(inputs, FDB_WORD_INPUTS);
+}
+static inline int64_t fdb_group_words(const fdb_shape *s, int64_t group) {
+    return fdb_words_before(s, group + 1) - fdb_words_before(s, group);
+}
+/* Bytes of one tile of every group from `first` up to `last`. */
+static inline int64_t fdb_tile_bytes(const fdb_shape *s, int64_t first, int64_t last) {
+    int64_t words = fdb_words_before(s, last) - fdb_words_before(s, first);
+    return words * 2 * FDB_PLANE_BYTES + (last - first) * FDB_SCALE_BYTES;
+}
+/* Where the tiles of a block begin in the stretch of groups `first` up to `last`. */
+static inline int64_t fdb_block_offset(const fdb_shape *s, int64_t first, int64_t last,
+                                       int64_t block) {
+    return fdb_tiles(s) * fdb_tile_bytes(s, 0, first) +
+           block * FDB_BLOCK_TILES * fdb_tile_bytes(s, first, last);
+}
+static inline int64_t fdb_block_tiles(const fdb_shape *s, int64_t block) {
+    return fdb_min(FDB_BLOCK_TILES, fdb_tiles(s) - block * FDB_BLOCK_TILES);
+}
+
+/* One way to make the product, for one instruction set.
+ *
+ * `table_bytes`: of one word of 32 inputs of one column.
+ *
+ * `tables`: from x [columns][words * 32] (zero beyond in_features), for the groups `first` up to
+ *   `last`: tables [word][column][table_bytes] and steps [group][column]. The value of a table's
+ *   entry times the step is a sum of activations. A group with an input that is not finite gets
+ *   the step NaN, so that the product is NaN too.
+ *
+ * `product`: from tiles, tables and steps to y [block][column][FDB_BLOCK_ROWS], for the blocks
+ *   `first` up to `last`. The same bytes for any division into ranges.
+ */
+typedef struct {
+    const char *name;
+    int64_t table_bytes;
+    void (*tables)(const fdb_shape *shape, const float *x, int64_t columns, int64_t first,
+                   int64_t last, uint8_t *tables, float *steps);
+    void (*product)(const fdb_shape *shape, const uint8_t *tiles, const uint8_t *tables,
+                    const float *steps, int64_t columns, int64_t first, int64_t last, float *y);
+} fdb_kernel;
+
+/* Integer kernels round the activations of a group to 13 bits; exact ones add in float32. */
+typedef struct {
+    const char *name;
+    const fdb_kernel *integer;
+    const fdb_kernel *exact;
+    int (*supported)(void);
+} fdb_instruction_set;
+
+extern const fdb_instruction_set fdb_avx512;
+extern const fdb_instruction_set fdb_avx2;
+extern const fdb_instruction_set fdb_portable;
+
+#endif

@@ -143,7 +143,7 @@ def _spread(seconds: tuple[float, ...]) -> dict[str, float]:
 
 
 def _kernel(model: Model) -> str:
-    """The instruction set of the compiled kernels, or the reference, that a packed model runs on."""
+    """The instruction set that a packed model runs on, or the reference."""
     kernels = cpu_kernels()
     tiled = any(layer.tiles is not None for _, layer in packed_layers(model))
     return kernels.instruction_set if kernels is not None and tiled else REFERENCE

@@ -16,7 +16,7 @@ from dbllm_cli.errors import ConfigError
 
 VARIABLE = "DBLLM_KERNEL"
 REFERENCE = "reference"
-_SETS = ("avx512", "avx2", "portable")
+_SETS = ("avx512", "avx2", "neon", "portable")
 _WORD_INPUTS = 32
 
 # The operator is defined here and implemented by the library, for CPU tensors alone.

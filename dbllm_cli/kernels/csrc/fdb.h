@@ -92,7 +92,7 @@ typedef struct {
                     const float *steps, int64_t columns, int64_t first, int64_t last, float *y);
 } fdb_kernel;
 
-/* Integer kernels round the activations of a group to 13 bits; exact ones add in float32. */
+/* Integer kernels round the activations of a group to 12 or 13 bits; exact ones add in float32. */
 typedef struct {
     const char *name;
     const fdb_kernel *integer;
@@ -100,8 +100,11 @@ typedef struct {
     int (*supported)(void);
 } fdb_instruction_set;
 
+extern const fdb_kernel fdb_portable_exact;
+
 extern const fdb_instruction_set fdb_avx512;
 extern const fdb_instruction_set fdb_avx2;
+extern const fdb_instruction_set fdb_neon;
 extern const fdb_instruction_set fdb_portable;
 
 #endif

@@ -86,6 +86,7 @@ static void product(const fdb_shape *shape, const uint8_t *tiles, const uint8_t 
 
 static int always(void) { return 1; }
 
-static const fdb_kernel kernel = {"portable", WORD_BYTES * BYTE_SUMS * sizeof(float), make_tables,
-                                  product};
-const fdb_instruction_set fdb_portable = {"portable", &kernel, &kernel, always};
+const fdb_kernel fdb_portable_exact = {"portable", WORD_BYTES * BYTE_SUMS * sizeof(float),
+                                       make_tables, product};
+const fdb_instruction_set fdb_portable = {"portable", &fdb_portable_exact, &fdb_portable_exact,
+                                          always};

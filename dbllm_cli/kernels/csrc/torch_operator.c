@@ -251,7 +251,7 @@ static void fdb_linear_tiled(stable_value *stack, uint64_t inputs, uint64_t outp
 
 /* -- what Python calls --------------------------------------------------------------------------- */
 
-static const fdb_instruction_set *const sets[] = {&fdb_avx512, &fdb_avx2, &fdb_portable};
+static const fdb_instruction_set *const sets[] = {&fdb_avx512, &fdb_avx2, &fdb_neon, &fdb_portable};
 
 /* Chooses an instruction set: the best one when `name` is NULL. Its name, or NULL. */
 const char *dbllm_choose(const char *name) {

@@ -1,0 +1,146 @@
+/* NEON (any 64-bit ARM): the activations of a group as 13-bit integers.
+ *
+ * As in avx512.c, with tables of the 16 sums of every 4 activations, 4 of them side by side for one
+ * tbl over 64 bytes; sadalp adds the looked-up bytes of a row in pairs.
+ */
+#include "fdb.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#include <math.h>
+#include <string.h>
+
+enum { WORD_TABLE = 256, LARGEST = 4095, LANES = 4, PARTS = FDB_TILE_ROWS / LANES };
+
+/* -- tables ---------------------------------------------------------------------------------- */
+
+/* Largest magnitude of `words` words, NaN if any input is not finite. */
+static float largest_magnitude(const float *x, int64_t words) {
+    float largest = 0, bad = 0;
+    for (int64_t i = 0; i < words * FDB_WORD_INPUTS; i++) {
+        float magnitude = fabsf(x[i]);
+        largest = magnitude > largest ? magnitude : largest;
+        bad += x[i] * 0.0f;
+    }
+    return largest + bad;
+}
+
+/* Tables of one word: quads 0 2 4 6 low 7 bits, the same high, quads 1 3 5 7 low, high. */
+static void word_tables(const float *x, float factor, float lift, uint8_t *table) {
+    for (int quad = 0; quad < 8; quad++, x += 4) {
+        int16_t sums[16] = {0};
+        uint8_t *to = table + (quad & 1) * 128 + (quad >> 1) * 16;
+        for (int i = 0; i < 4; i++) {
+            int16_t q = (int16_t)lrintf(x[i] * lift * factor);
+            for (int v = 0; v < 1 << i; v++) sums[v + (1 << i)] = (int16_t)(sums[v] + q);
+        }
+        for (int v = 0; v < 16; v++) {
+            to[v] = (uint8_t)(sums[v] & 127);
+            to[64 + v] = (uint8_t)(sums[v] >> 7);
+        }
+    }
+}
+
+static void make_tables(const fdb_shape *shape, const float *x, int64_t columns, int64_t first,
+                        int64_t last, uint8_t *tables, float *steps) {
+    int64_t all_words = fdb_words_before(shape, fdb_groups(shape));
+    for (int64_t group = first; group < last; group++) {
+        int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
+        for (int64_t column = 0; column < columns; column++) {
+            const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
+            float largest = largest_magnitude(inputs, words);
+            /* The reciprocal of a denormal number overflows. */
+            float lift = largest < 0x1p-64f ? 0x1p64f : 1.0f;
+            float factor = largest > 0 ? LARGEST / (largest * lift) : 0;
+            steps[group * columns + column] = largest * lift / LARGEST / lift;
+            for (int64_t w = 0; w < words; w++)
+                word_tables(inputs + w * FDB_WORD_INPUTS, factor, lift,
+                            tables + ((word + w) * columns + column) * WORD_TABLE);
+        }
+    }
+}
+
+/* -- product ------------------------------------------------------------------------------------ */
+
+typedef struct {
+    int16x8_t low, high; /* two lanes a row */
+} row_sums;
+
+static inline void add_lookup(row_sums *sums, uint8x16_t index, const uint8_t *table) {
+    uint8x16x4_t low = vld1q_u8_x4(table), high = vld1q_u8_x4(table + 64);
+    sums->low = vpadalq_s8(sums->low, vreinterpretq_s8_u8(vqtbl4q_u8(low, index)));
+    sums->high = vpadalq_s8(sums->high, vreinterpretq_s8_u8(vqtbl4q_u8(high, index)));
+}
+
+/* One word of one plane of 4 rows. */
+static inline void add_word(row_sums *sums, const uint8_t *plane, const uint8_t *table) {
+    const uint8x16_t place = vreinterpretq_u8_u32(vdupq_n_u32(0x30201000));
+    uint8x16_t bits = vld1q_u8(plane);
+    add_lookup(sums, vorrq_u8(vandq_u8(bits, vdupq_n_u8(15)), place), table);
+    add_lookup(sums, vorrq_u8(vshrq_n_u8(bits, 4), place), table + 128);
+}
+
+static inline float32x4_t total(row_sums sums) {
+    int32x4_t high = vshlq_n_s32(vpaddlq_s16(sums.high), 7);
+    return vcvtq_f32_s32(vaddq_s32(vpaddlq_s16(sums.low), high));
+}
+
+static inline float32x4_t load_scales(const uint8_t *halves) {
+    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(halves)));
+}
+
+/* One tile of one group for one column, whose tables lie `stride` bytes apart. */
+static void add_tile(const uint8_t *tile, int64_t words, const uint8_t *tables, int64_t stride,
+                     float step, float *y) {
+    const uint8_t *scales = tile + words * 2 * FDB_PLANE_BYTES;
+    for (int part = 0; part < PARTS; part++) {
+        float32x4_t parts = vdupq_n_f32(0);
+        for (int64_t word = 0; word < words; word += 2) {
+            int64_t pair = fdb_min(2, words - word);
+            const uint8_t *piece = tile + word * 2 * FDB_PLANE_BYTES + part * 16;
+            for (int plane = 0; plane < 2; plane++) {
+                row_sums sums = {vdupq_n_s16(0), vdupq_n_s16(0)};
+                for (int64_t w = 0; w < pair; w++)
+                    add_word(&sums, piece + (plane * pair + w) * FDB_PLANE_BYTES,
+                             tables + (word + w) * stride);
+                const uint8_t *halves = scales + plane * FDB_SCALE_BYTES / 2 + part * 8;
+                parts = vfmaq_f32(parts, load_scales(halves), total(sums));
+            }
+        }
+        float *to = y + part * LANES;
+        vst1q_f32(to, vfmaq_n_f32(vld1q_f32(to), parts, step));
+    }
+}
+
+static void product(const fdb_shape *shape, const uint8_t *tiles, const uint8_t *tables,
+                    const float *steps, int64_t columns, int64_t first, int64_t last, float *y) {
+    int64_t groups = fdb_groups(shape), stretch = fdb_stretch_groups(shape);
+    memset(y + first * columns * FDB_BLOCK_ROWS, 0,
+           (size_t)((last - first) * columns * FDB_BLOCK_ROWS) * sizeof *y);
+    for (int64_t from = 0; from < groups; from += stretch) {
+        int64_t to = fdb_min(groups, from + stretch);
+        for (int64_t block = first; block < last; block++) {
+            const uint8_t *tile = tiles + fdb_block_offset(shape, from, to, block);
+            for (int64_t group = from; group < to; group++) {
+                int64_t words = fdb_group_words(shape, group);
+                const uint8_t *own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
+                for (int64_t i = 0; i < fdb_block_tiles(shape, block); i++) {
+                    for (int64_t c = 0; c < columns; c++)
+                        add_tile(tile, words, own + c * WORD_TABLE, columns * WORD_TABLE,
+                                 steps[group * columns + c],
+                                 y + (block * columns + c) * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
+                    tile += fdb_tile_bytes(shape, group, group + 1);
+                }
+            }
+        }
+    }
+}
+
+static int supported(void) { return 1; }
+static const fdb_kernel integer = {"neon", WORD_TABLE, make_tables, product};
+const fdb_instruction_set fdb_neon = {"neon", &integer, &fdb_portable_exact, supported};
+
+#else
+static int supported(void) { return 0; }
+const fdb_instruction_set fdb_neon = {"neon", 0, 0, supported};
+#endif

@@ -1,7 +1,8 @@
 """The packed product: torch operators, and the routes behind them."""
 
-from dbllm_cli.kernels.cpu import REFERENCE, cpu_kernels
-from dbllm_cli.kernels.operator import TILED_DTYPES, fdb_linear, fdb_linear_tiled
+from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, cpu_kernels
+from dbllm_cli.kernels.int8 import dequantize_rows, int8_linear, quantize_rows
+from dbllm_cli.kernels.operator import fdb_linear, fdb_linear_tiled
 from dbllm_cli.kernels.reference import dequantize, unpack_planes
 
 __all__ = [
@@ -9,7 +10,10 @@ __all__ = [
     "TILED_DTYPES",
     "cpu_kernels",
     "dequantize",
+    "dequantize_rows",
     "fdb_linear",
     "fdb_linear_tiled",
+    "int8_linear",
+    "quantize_rows",
     "unpack_planes",
 ]

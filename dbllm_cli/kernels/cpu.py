@@ -14,16 +14,20 @@ from torch import Tensor
 
 from dbllm_cli.errors import ConfigError
 
+TILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the compiled kernels take."""
+
 VARIABLE = "DBLLM_KERNEL"
 REFERENCE = "reference"
 _SETS = ("avx512", "avx2", "neon", "portable")
 _WORD_INPUTS = 32
 
-# The operator is defined here and implemented by the library, for CPU tensors alone.
+# The operators are defined here and implemented by the library, for CPU tensors alone.
 _OPERATORS = torch.library.Library("dbllm", "FRAGMENT")
 _OPERATORS.define(
     "fdb_linear_tiled(Tensor x, Tensor tiles, int out_features, int group_size) -> Tensor"
 )
+_OPERATORS.define("int8_linear(Tensor x, Tensor weight) -> Tensor")
 
 
 class CpuKernels:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbllm_cli.kernels.cpu import cpu_kernels
+from dbllm_cli.kernels.cpu import TILED_DTYPES, cpu_kernels
 from dbllm_cli.kernels.reference import dequantize, fdb_linear_reference
 
 
@@ -62,9 +62,6 @@ def _gradient_to_inputs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 fdb_linear.register_autograd(_gradient_to_inputs, setup_context=_keep_for_backward)
 
-
-TILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the compiled kernels take."""
 
 _TILED = torch.ops.dbllm.fdb_linear_tiled.default
 

@@ -1,0 +1,142 @@
+#define _GNU_SOURCE
+#include "torch_abi.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "floats.h"
+
+torch_abi torch;
+
+static const struct {
+    const char *name;
+    void *address;
+} symbols[] = {
+    {"aoti_torch_library_init_impl", &torch.library_init_impl},
+    {"aoti_torch_library_impl", &torch.library_impl},
+    {"aoti_torch_delete_tensor_object", &torch.delete_tensor},
+    {"aoti_torch_get_data_ptr", &torch.data_ptr},
+    {"aoti_torch_get_dim", &torch.dim},
+    {"aoti_torch_get_sizes", &torch.sizes},
+    {"aoti_torch_get_strides", &torch.strides},
+    {"aoti_torch_get_dtype", &torch.dtype},
+    {"aoti_torch_empty_strided", &torch.empty},
+    {"torch_parallel_for", &torch.parallel_for},
+    {"aoti_torch_dtype_float32", &torch.float32},
+    {"aoti_torch_dtype_bfloat16", &torch.bfloat16},
+    {"aoti_torch_dtype_float16", &torch.float16},
+};
+
+/* -- work memory: one buffer a thread, as large as the widest layer needs ------------------------ */
+
+typedef struct {
+    void *memory;
+    size_t bytes;
+} work_buffer;
+
+static pthread_key_t work_key;
+
+static void free_work(void *pointer) {
+    work_buffer *work = pointer;
+    free(work->memory);
+    free(work);
+}
+
+void *work_memory(size_t bytes) {
+    work_buffer *work = pthread_getspecific(work_key);
+    if (work == NULL) {
+        work = calloc(1, sizeof *work);
+        if (work == NULL) abort();
+        pthread_setspecific(work_key, work);
+    }
+    if (work->bytes < bytes) {
+        free(work->memory);
+        work->memory = aligned_alloc(64, bytes);
+        if (work->memory == NULL) abort();
+        work->bytes = bytes;
+    }
+    return work->memory;
+}
+
+const char *torch_abi_load(const char *torch_library) {
+    void *handle = dlopen(torch_library, RTLD_NOLOAD | RTLD_LAZY);
+    if (handle == NULL) return torch_library;
+    for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
+        void *address = dlsym(handle, symbols[i].name);
+        if (address == NULL) return symbols[i].name;
+        memcpy(symbols[i].address, &address, sizeof address);
+    }
+    pthread_key_create(&work_key, free_work);
+    return NULL;
+}
+
+/* -- arrays ---------------------------------------------------------------------------------------- */
+
+static size_t element_bytes(element_type type) { return type == FLOAT32 ? 4 : 2; }
+
+void array_describe(tensor from, array *to) {
+    int64_t *sizes, *strides;
+    int32_t dtype;
+    torch.data_ptr(from, (void **)&to->data);
+    torch.dim(from, &to->dim);
+    torch.sizes(from, &sizes);
+    torch.strides(from, &strides);
+    torch.dtype(from, &dtype);
+    memcpy(to->sizes, sizes, (size_t)to->dim * sizeof *sizes);
+    memcpy(to->strides, strides, (size_t)to->dim * sizeof *strides);
+    to->type = dtype == torch.float32() ? FLOAT32 : dtype == torch.bfloat16() ? BFLOAT16 : FLOAT16;
+}
+
+/* Offset, in elements, of a row of the flattened leading dimensions. */
+static int64_t row_offset(const array *x, int64_t row) {
+    int64_t offset = 0;
+    for (int64_t d = x->dim - 2; d >= 0; d--) {
+        offset += row % x->sizes[d] * x->strides[d];
+        row /= x->sizes[d];
+    }
+    return offset;
+}
+
+void array_read_row(const array *x, int64_t row, int64_t count, float *to) {
+    const char *from = x->data + row_offset(x, row) * (int64_t)element_bytes(x->type);
+    int64_t stride = x->strides[x->dim - 1];
+    if (x->type == FLOAT32)
+        for (int64_t i = 0; i < count; i++) to[i] = ((const float *)from)[i * stride];
+    else if (x->type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++)
+            to[i] = fdb_from_bfloat16(((const uint16_t *)from)[i * stride]);
+    else
+        for (int64_t i = 0; i < count; i++)
+            to[i] = fdb_from_float16(((const uint16_t *)from)[i * stride]);
+}
+
+void array_write(const float *from, int64_t count, element_type type, char *data, int64_t at) {
+    if (type == FLOAT32)
+        memcpy((float *)data + at, from, (size_t)count * 4);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)data)[at + i] = fdb_to_bfloat16(from[i]);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)data)[at + i] = fdb_to_float16(from[i]);
+}
+
+tensor array_like(const array *x, int64_t last, int64_t *rows, char **data) {
+    int64_t sizes[64], strides[64], stride = 1;
+    memcpy(sizes, x->sizes, (size_t)x->dim * sizeof *sizes);
+    sizes[x->dim - 1] = last;
+    *rows = 1;
+    for (int64_t d = x->dim - 1; d >= 0; d--) {
+        strides[d] = stride;
+        stride *= sizes[d];
+        if (d < x->dim - 1) *rows *= sizes[d];
+    }
+    int32_t type = x->type == FLOAT32    ? torch.float32()
+                   : x->type == BFLOAT16 ? torch.bfloat16()
+                                         : torch.float16();
+    tensor result;
+    torch.empty(x->dim, sizes, strides, type, 0, 0, &result);
+    torch.data_ptr(result, (void **)data);
+    return result;
+}

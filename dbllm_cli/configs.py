@@ -170,7 +170,16 @@ class PackConfig(StageConfig):
         "packed",
         description="packed: planes and scales; dense: plain bfloat16 weights for other tools",
     )
+    embeddings: Literal["kept", "int8"] = Field(
+        "kept", description="int8: embeddings and output layer in 8 bits, one scale per token"
+    )
     shard_size: float = Field(5.0, gt=0, description="largest shard, in 10^9 bytes")
+
+    @model_validator(mode="after")
+    def _dense_keeps_embeddings(self) -> "PackConfig":
+        if self.format == "dense" and self.embeddings != "kept":
+            raise ValueError("format dense writes plain bfloat16: leave out embeddings int8")
+        return self
 
 
 class EvalPplConfig(TextConfig):

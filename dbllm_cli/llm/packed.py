@@ -17,7 +17,9 @@ from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import latent_start
+from dbllm_cli.kernels import quantize_rows
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
+from dbllm_cli.llm.embeddings import embedding_names
 from dbllm_cli.llm.models import copy_other_files, empty_model, load_config, module_tensor_names
 from dbllm_cli.llm.quantizer import FORMAT_VERSION, DbllmConfig, NewerFormatError
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
@@ -175,3 +177,13 @@ def dense_tensors(
         else:
             tensor = student.tensors.get(name)
             yield name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+
+
+def int8_embedding_tensors(
+    student: PackedFolder, trust_remote_code: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The folder's tensors, embeddings and output layer in 8 bits (`kernels.quantize_rows`)."""
+    model = empty_model(load_config(student.folder, trust_remote_code), trust_remote_code)
+    names = embedding_names(model)
+    for name, tensor in student.tensors.items():
+        yield name, quantize_rows(tensor) if name in names else tensor

@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.llm.blocks import find_blocks, layer_shape
+from dbllm_cli.llm.embeddings import use_int8_embeddings
 
 FORMAT_VERSION = 1
 
@@ -26,6 +27,7 @@ class DbllmConfig(QuantizationConfigMixin):
         group_size: inputs that share two scales.
         modules_to_not_convert: full names of linear layers in the blocks that are not quantized.
         format_version: of the tensors; a newer one is refused.
+        embedding_bits: 8 where embeddings and output layer are `kernels.quantize_rows`'.
 
     Raises:
         NewerFormatError: the folder was written by a newer dbllm.
@@ -36,6 +38,7 @@ class DbllmConfig(QuantizationConfigMixin):
         group_size: int = 64,
         modules_to_not_convert: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
+        embedding_bits: int | None = None,
         **kwargs: Any,
     ) -> None:
         del kwargs
@@ -47,6 +50,7 @@ class DbllmConfig(QuantizationConfigMixin):
         self.quant_method = "dbllm"  # type: ignore[assignment]
         self.format_version = format_version
         self.group_size = group_size
+        self.embedding_bits = embedding_bits
         self.modules_to_not_convert = list(modules_to_not_convert or ())
 
 
@@ -62,6 +66,8 @@ class DbllmQuantizer(HfQuantizer):
         del kwargs
         settings = self.quantization_config
         convert_layers(model, settings.group_size, settings.modules_to_not_convert)
+        if settings.embedding_bits is not None:
+            use_int8_embeddings(model)
         return model
 
     def _process_model_after_weight_loading(

@@ -33,6 +33,7 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         "",
         f"- {sizes['quantized_weights']:,} quantized weights, {bits} bits each when packed",
         f"- {sizes['weight_bytes']:,} bytes of tensors in all",
+        *(["- embeddings and output layer in 8 bits"] if sizes["embeddings"] == "int8" else []),
         "",
         "## Made by",
         "",

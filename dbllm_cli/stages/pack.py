@@ -5,7 +5,12 @@ from collections.abc import Mapping
 
 from dbllm_cli.configs import PackConfig
 from dbllm_cli.llm.models import LAYER_REPORT, copy_other_files
-from dbllm_cli.llm.packed import PackedFolder, dense_tensors, write_json
+from dbllm_cli.llm.packed import (
+    PackedFolder,
+    dense_tensors,
+    int8_embedding_tensors,
+    write_json,
+)
 from dbllm_cli.llm.tensors import ShardWriter
 from dbllm_cli.stages.model_card import model_card
 from dbllm_cli.stages.spec import Context, Metrics, members
@@ -17,28 +22,39 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Met
 
     Raises:
         ArtifactCorruptError: the fdb artifact is not whole.
+        ConfigError: the model's embeddings can't be packed in 8 bits.
     """
     fdb = inputs["fdb"]
     student = PackedFolder(fdb.path)
     copy_other_files(student.folder, ctx.out)
     names = student.tensors.names()
+    dense = config.format == "dense"
+    if dense:
+        tensors = dense_tensors(student, ctx.trust_remote_code)
+    elif config.embeddings == "int8":
+        tensors = int8_embedding_tensors(student, ctx.trust_remote_code)
+    else:
+        tensors = student.tensors.items()
     total = 0
     with (
         ShardWriter(ctx.out, shard_bytes=config.shard_size * 1e9) as writer,
         ctx.progress.task("pack", len(names), unit="tensors") as task,
     ):
-        dense = config.format == "dense"
-        tensors = (
-            dense_tensors(student, ctx.trust_remote_code) if dense else student.tensors.items()
-        )
         for name, tensor in tensors:
             writer.add(name, tensor)
             total += tensor.numel() * tensor.element_size()
             task.advance()
     if dense:
         _drop_quantization_config(ctx)
+    elif config.embeddings == "int8":
+        _note_embedding_bits(ctx)
     sizes = _sizes(student)
-    metrics: Metrics = {"format": config.format, "weight_bytes": total, **sizes}
+    metrics: Metrics = {
+        "format": config.format,
+        "embeddings": config.embeddings,
+        "weight_bytes": total,
+        **sizes,
+    }
     card = model_card(fdb, members(inputs, "evals"), metrics)
     (ctx.out / "README.md").write_text(card)
     return metrics
@@ -50,6 +66,13 @@ def _drop_quantization_config(ctx: Context) -> None:
     for key in ("quantization_config", "torch_dtype"):
         config.pop(key, None)
     write_json(path, config | {"dtype": "bfloat16"})
+
+
+def _note_embedding_bits(ctx: Context) -> None:
+    path = ctx.out / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["embedding_bits"] = 8
+    write_json(path, config)
 
 
 def _sizes(student: PackedFolder) -> dict[str, float]:

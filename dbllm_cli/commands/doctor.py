@@ -24,6 +24,7 @@ _FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
     "asimd", "i8mm", "sve", "bf16",
 )  # fmt: skip
+_INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 _BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -170,13 +171,15 @@ def _kernels() -> Check:
         found = "not compiled: packed models run in plain torch, several times slower"
         hint = "install a C compiler, then: pip install --force-reinstall --no-deps -e ."
         return Check("CPU kernels", True, found, hint)
-    choose = ctypes.CDLL(str(path)).dbllm_choose
-    choose.restype = ctypes.c_char_p
+    supports = ctypes.CDLL(str(path)).dbllm_supports
+    names = [name for name in _INSTRUCTION_SETS if supports(name.encode())]
     forced = os.environ.get("DBLLM_KERNEL")
-    best: bytes = choose(None)
-    return Check(
-        "CPU kernels", True, best.decode() + (f", DBLLM_KERNEL={forced}" if forced else "")
-    )
+    if forced and forced not in (*names, "reference"):
+        hint = f"one of {', '.join((*names, 'reference'))}"
+        return Check("CPU kernels", False, f"DBLLM_KERNEL={forced} can't be used", hint)
+    if forced:
+        return Check("CPU kernels", True, f"{forced}, forced by DBLLM_KERNEL")
+    return Check("CPU kernels", True, f"{names[0]} (there too: {', '.join(names[1:])})")
 
 
 def _gpu() -> Check:

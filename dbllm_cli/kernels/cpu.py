@@ -65,7 +65,7 @@ class CpuKernels:
         Returns:
             uint8 `[bytes]`.
         """
-        weight, alpha = weight.contiguous(), alpha.contiguous()
+        weight, alpha = weight.contiguous(), alpha.to(torch.float16).contiguous()
         shape = (in_features, weight.shape[1], group_size)
         tiles = torch.zeros(self._bytes(*shape), dtype=torch.uint8)
         self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 1)

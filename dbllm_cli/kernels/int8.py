@@ -30,8 +30,10 @@ def quantize_rows(matrix: Tensor) -> Tensor:
 
 def dequantize_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `quantize_rows`, `[..., in]` from `[..., in + 2]`."""
-    integers = rows[..., :-_SCALE_BYTES].contiguous().view(torch.int8)
-    scale = rows[..., -_SCALE_BYTES:].contiguous().view(torch.float16)
+    integers = rows[..., :-_SCALE_BYTES].view(torch.int8)
+    # A copy begins at an even address, as float16 must.
+    scale = rows[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
+    scale = scale.view(torch.float16)
     return (integers.to(torch.float32) * scale.to(torch.float32)).to(dtype)
 
 
@@ -48,11 +50,16 @@ def int8_linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `[..., rows]` of x's dtype.
     """
-    compiled = x.device.type == "cpu" and x.dtype in TILED_DTYPES and cpu_kernels() is not None
+    compiled = x.device.type == "cpu" and x.dtype in TILED_DTYPES and _have_kernels()
     if compiled and not (torch.is_grad_enabled() and x.requires_grad):
         product: Tensor = _LINEAR(x, weight)
         return product
     return linear(x, dequantize_rows(weight, x.dtype))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _have_kernels() -> bool:
+    return cpu_kernels() is not None
 
 
 @torch.library.register_fake("dbllm::int8_linear")  # type: ignore[untyped-decorator]

@@ -4,12 +4,17 @@
 `dbllm::fdb_linear_tiled` is the same product in the layout of the compiled CPU kernels.
 """
 
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
-from dbllm_cli.kernels.cpu import TILED_DTYPES, cpu_kernels
+from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, VARIABLE, cpu_kernels
 from dbllm_cli.kernels.reference import dequantize, fdb_linear_reference
 
 
@@ -37,6 +42,34 @@ def _fdb_linear_shape(
     x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
+@fdb_linear.register_kernel("cuda")
+def _fdb_linear_on_gpu(
+    x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    product = _gpu_product(x.device) if x.dtype in TILED_DTYPES else fdb_linear_reference
+    return product(x, weight, alpha, bias, group_size)
+
+
+@cache
+def _gpu_product(device: torch.device) -> Callable[..., Tensor]:
+    """The Triton kernels, imported at a GPU's first product; where they can't run, the reference.
+
+    DBLLM_KERNEL=reference forces it.
+    """
+    wanted = os.environ.get(VARIABLE) != REFERENCE and find_spec("triton") is not None
+    # What Triton is made for.
+    if not wanted or torch.cuda.get_device_capability(device) < (8, 0):
+        return fdb_linear_reference
+    import triton
+
+    # Triton 3.2 has no code for loads of three dimensions, and ends the process.
+    if Version(triton.__version__) < Version("3.3"):
+        return fdb_linear_reference
+    from dbllm_cli.kernels.gpu import fdb_linear_gpu
+
+    return fdb_linear_gpu
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -117,9 +150,20 @@ class _TiledProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (tiles,) = ctx.saved_tensors
-        kernels = cpu_kernels()
-        assert kernels is not None
-        weight, alpha = kernels.from_tiles(tiles, *ctx.shape)
-        in_features, _, group_size = ctx.shape
-        dense = dequantize(weight, alpha, in_features, group_size, grad.dtype)
-        return grad @ dense, None, None, None
+        return grad @ _dense_of_tiles(tiles, *ctx.shape).to(grad.dtype), None, None, None
+
+
+@torch.library.custom_op("dbllm::dense_of_tiles", mutates_args=(), device_types="cpu")
+def _dense_of_tiles(tiles: Tensor, in_features: int, out_features: int, group_size: int) -> Tensor:
+    """The dequantized matrix, float32 `[out, in]`; an operator, so that compilers don't enter."""
+    kernels = cpu_kernels()
+    assert kernels is not None
+    weight, alpha = kernels.from_tiles(tiles, in_features, out_features, group_size)
+    return dequantize(weight, alpha, in_features, group_size, torch.float32).contiguous()
+
+
+@_dense_of_tiles.register_fake
+def _dense_of_tiles_shape(
+    tiles: Tensor, in_features: int, out_features: int, group_size: int
+) -> Tensor:
+    return tiles.new_empty((out_features, in_features), dtype=torch.float32)

@@ -2,10 +2,14 @@
 
 import importlib.metadata
 import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dbllm_cli
 from tests.commands.conftest import DbllmCall
 
 INSTALLED = {"dbllm": "0.1.0", "torch": "2.7.0", "transformers": "4.40.0", "rich": "14.0"}
@@ -56,8 +60,8 @@ def test_a_problem_ends_with_3_and_none_with_0(dbllm: DbllmCall, packages: dict[
 
 def test_every_part_of_the_machine_is_told(dbllm: DbllmCall, packages: dict[str, str]) -> None:
     assert {
-        "dbllm", "python", "processor", "threads", "memory", "store", "C compiler", "GPU",
-        "demo model",
+        "dbllm", "python", "processor", "threads", "memory", "store", "C compiler", "CPU kernels",
+        "GPU", "demo model",
     } <= set(checks(dbllm))  # fmt: skip
 
 
@@ -88,3 +92,46 @@ def test_a_torch_without_cuda_beside_a_gpu_is_told(
     monkeypatch.setattr("shutil.which", lambda name: "/bin/echo")
 
     assert "without CUDA" in checks(dbllm)["GPU"]["hint"]
+
+
+@pytest.mark.parametrize(
+    ("forced", "ok", "found"),
+    [
+        ("", True, r"(avx512|avx2|neon) \(there too: .*portable\)|portable \(there too: \)"),
+        ("portable", True, r"portable, forced by DBLLM_KERNEL"),
+        ("reference", True, r"reference, forced by DBLLM_KERNEL"),
+        ("sse", False, r"DBLLM_KERNEL=sse can't be used"),
+    ],
+)
+def test_the_instruction_sets_of_the_cpu_kernels_are_told(
+    dbllm: DbllmCall,
+    packages: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    forced: str,
+    ok: bool,
+    found: str,
+) -> None:
+    if not list((Path(dbllm_cli.__file__).parent / "kernels").glob("_cpu*.so")):
+        pytest.skip("the CPU kernels are not compiled")
+    monkeypatch.setenv("DBLLM_KERNEL", forced)
+
+    kernels = checks(dbllm)["CPU kernels"]
+    assert kernels["ok"] is ok
+    assert re.fullmatch(found, kernels["found"])
+    assert ("portable" in kernels["hint"]) is not ok
+
+
+def test_absent_cpu_kernels_come_with_the_way_to_them(
+    dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glob = Path.glob
+
+    def without_library(folder: Path, pattern: str) -> Iterator[Path]:
+        return (path for path in glob(folder, pattern) if path.suffix != ".so")
+
+    monkeypatch.setattr(Path, "glob", without_library)
+
+    kernels = checks(dbllm)["CPU kernels"]
+    assert kernels["ok"]
+    assert kernels["found"].startswith("not compiled")
+    assert "pip install" in kernels["hint"]

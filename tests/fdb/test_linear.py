@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
 
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.linear import FdbLinear
@@ -61,3 +62,162 @@ def test_the_state_holds_weight_alpha_and_bias_under_the_names_that_models_store
 def test_a_layer_on_the_meta_device_can_be_made_and_run() -> None:
     layer = FdbLinear(172, 5, 64, device="meta")
     assert layer(torch.empty(2, 172, device="meta")).shape == (2, 5)
+
+
+# -- the layout of the compiled kernels -----------------------------------------------------------
+
+
+def _tiled(bias: bool = True) -> FdbLinear:
+    layer = _layer(bias)
+    layer.use_cpu_kernels()
+    if layer.tiles is None:
+        pytest.skip("the CPU kernels are not compiled, or DBLLM_KERNEL asks for the reference")
+    return layer
+
+
+def _inputs(*batch: int) -> Tensor:
+    return torch.randn(*batch, 172, generator=torch.Generator().manual_seed(1))
+
+
+def _holds_the_same(layer: FdbLinear, other: FdbLinear) -> bool:
+    planes, stored = layer.quantized, other.quantized
+    return torch.equal(planes.weight, stored.weight) and torch.equal(planes.alpha, stored.alpha)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 3), (40,)])
+def test_the_compiled_kernels_give_the_output_of_before(bias: bool, batch: tuple[int, ...]) -> None:
+    x, before = _inputs(*batch), _layer(bias)
+    tiled = _tiled(bias)
+    assert torch.allclose(tiled(x), before(x), rtol=1e-5, atol=1e-5)
+    assert tiled.weight is None
+    assert tiled.alpha is None
+    assert _holds_the_same(tiled, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_the_output_of_before(dtype: torch.dtype) -> None:
+    x = _inputs(4)
+    expected, y = _layer()(x), _tiled()(x.to(dtype))
+    assert y.dtype == dtype
+    assert (y.float() - expected).norm() < 1e-2 * expected.norm()
+
+
+def test_laying_out_twice_changes_nothing() -> None:
+    layer = _tiled()
+    tiles = layer.tiles
+    layer.use_cpu_kernels()
+    assert layer.tiles is tiles
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_state_of_a_tiled_layer_is_that_of_planes_and_scales(bias: bool) -> None:
+    before, state = _layer(bias).state_dict(), _tiled(bias).state_dict()
+    assert set(state) == set(before)
+    for name, tensor in before.items():
+        assert state[name].dtype == tensor.dtype
+        assert torch.equal(state[name], tensor)
+    nested = torch.nn.ModuleDict({"layer": _tiled(bias)}).state_dict()
+    assert set(nested) == {f"layer.{name}" for name in before}
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_tiled_layer_loads_another_state(assign: bool) -> None:
+    x, layer, other = _inputs(3), _tiled(), _layer()
+    other.weight.bitwise_not_()
+    other.alpha.mul_(3)
+    torch.nn.init.constant_(other.bias, 7)
+    layer.load_state_dict(other.state_dict(), assign=assign)
+    for _ in range(2):
+        assert torch.allclose(layer(x), other(x), rtol=1e-5, atol=1e-4)
+        assert _holds_the_same(layer, other)
+        layer.use_cpu_kernels()
+    assert layer.tiles is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_casts_and_copies_of_a_tiled_layer_keep_planes_and_scales(dtype: torch.dtype) -> None:
+    x, before, layer = _inputs(3), _layer(), _tiled()
+    expected = layer(x)
+    copied = copy.deepcopy(layer)
+    cast = torch.nn.Sequential(layer).to(dtype)[0]
+    for each in (cast, copied):
+        assert each.tiles is not None
+        assert _holds_the_same(each, before)
+    assert cast.bias.dtype == dtype
+    assert torch.equal(copied(x), expected)
+    near = 2e-2 if dtype.itemsize == 2 else 1e-5
+    assert torch.allclose(cast(x.to(dtype)).float(), expected, rtol=near, atol=near)
+    assert cast.float()(x).dtype == torch.float32
+
+
+def test_a_copy_shares_nothing_with_the_layer() -> None:
+    layer = _tiled()
+    copied = copy.deepcopy(layer)
+    layer.tiles.zero_()
+    assert _holds_the_same(copied, _layer())
+
+
+def test_on_another_device_a_tiled_layer_has_planes_and_scales_again() -> None:
+    layer = _tiled().to("meta")
+    assert layer.tiles is None
+    assert (layer.weight.shape, layer.weight.dtype) == ((2, 5, 22), torch.uint8)
+    assert (layer.alpha.shape, layer.alpha.dtype) == ((2, 5, 3), torch.float16)
+    assert {t.device.type for t in (layer.weight, layer.alpha, layer.bias)} == {"meta"}
+    assert layer(torch.empty(2, 172, device="meta")).shape == (2, 5)
+
+
+def test_a_layer_on_the_meta_device_is_left_as_it_was() -> None:
+    layer = FdbLinear(172, 5, 64, device="meta")
+    layer.use_cpu_kernels()
+    assert layer.tiles is None
+    assert layer.weight.device.type == "meta"
+
+
+def test_a_group_size_without_a_kernel_leaves_the_layer_as_it_was() -> None:
+    layer = FdbLinear(40, 5, 8)
+    layer.weight.random_(0, 256)
+    layer.alpha.normal_()
+    weight, alpha, x = layer.weight, layer.alpha, torch.ones(2, 40)
+    expected = layer(x)
+    layer.use_cpu_kernels()
+    assert layer.tiles is None
+    assert layer.weight is weight
+    assert layer.alpha is alpha
+    assert torch.equal(layer(x), expected)
+
+
+def test_without_compiled_kernels_the_layer_is_left_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dbllm_cli.fdb.linear.cpu_kernels", lambda: None)
+    layer = _layer()
+    layer.use_cpu_kernels()
+    assert layer.tiles is None
+    assert layer(_inputs(2)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_float64_inputs_of_a_tiled_layer_are_computed_in_float64(bias: bool) -> None:
+    x = _inputs(3).double().requires_grad_()
+    y = _tiled(bias)(x)
+    assert y.dtype == torch.float64
+    assert torch.allclose(y, _layer(bias)(x.detach()), rtol=1e-12, atol=1e-12)
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_gradients_of_input_and_bias_pass_through_a_tiled_layer() -> None:
+    grads = []
+    for layer in (_layer(), _tiled()):
+        x = _inputs(2, 3).requires_grad_()
+        layer(x).square().sum().backward()
+        grads.append((x.grad, layer.bias.grad))
+    for before, after in zip(*grads, strict=True):
+        assert torch.allclose(before, after, rtol=1e-4, atol=1e-4)
+
+
+def test_under_autocast_a_tiled_layer_computes_in_its_dtype() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = _tiled()(_inputs(2))
+    assert y.dtype == torch.bfloat16

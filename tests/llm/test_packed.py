@@ -12,6 +12,7 @@ from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
+from dbllm_cli.kernels import cpu_kernels
 from dbllm_cli.llm.blocks import find_blocks, layer_shape, matrix_of
 from dbllm_cli.llm.models import load_model, module_tensor_names
 from dbllm_cli.llm.packed import (
@@ -28,13 +29,16 @@ from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 from tests.llm.conftest import VOCABULARY, llama_config, random_model
 
 GROUP = 16
+WITH_KERNEL = 32
 KEPT = "0.mlp.down_proj"
 _GPT2 = GPT2Config(
     vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
 )
 
 
-def _write(model: PreTrainedModel, folder: Path) -> dict[str, QuantizedMatrix]:
+def _write(
+    model: PreTrainedModel, folder: Path, group_size: int = GROUP
+) -> dict[str, QuantizedMatrix]:
     """Quantize all linear layers of the blocks but one, and write what init-fdb would."""
     folder.mkdir(exist_ok=True)
     layers = {}
@@ -44,14 +48,15 @@ def _write(model: PreTrainedModel, folder: Path) -> dict[str, QuantizedMatrix]:
             kept.append(name)
             continue
         matrix = matrix_of(module, model.get_parameter(f"{name}.weight"))
-        layers[name] = quantize_matrix(matrix, fit_scales(matrix, GROUP, "als"), GROUP)
+        scales = fit_scales(matrix, group_size, "als")
+        layers[name] = quantize_matrix(matrix, scales, group_size)
     with ShardWriter(folder) as writer:
         for name, quantized in layers.items():
             writer.add_all(layer_tensors(name, quantized))
         state = model.state_dict()
         replaced = {f"{name}.weight" for name in layers}
         writer.add_all((n, state[n]) for n in module_tensor_names(model) if n not in replaced)
-    config = quantized_config(model.config.to_diff_dict(), GROUP, kept, "float32")
+    config = quantized_config(model.config.to_diff_dict(), group_size, kept, "float32")
     config["architectures"] = [type(model).__name__]
     write_json(folder / "config.json", config)
     return layers
@@ -76,11 +81,12 @@ _MODELS = [llama_config(), llama_config(tie_word_embeddings=True), _GPT2]
 
 
 @pytest.mark.parametrize("config", _MODELS, ids=["llama", "llama tied", "gpt2"])
+@pytest.mark.parametrize("group_size", [GROUP, WITH_KERNEL])
 def test_transformers_loads_a_packed_model_with_the_logits_of_its_dense_twin(
-    config: PreTrainedConfig, tmp_path: Path, ids: Tensor
+    config: PreTrainedConfig, group_size: int, tmp_path: Path, ids: Tensor
 ) -> None:
     model = random_model(config)
-    layers = _write(model, tmp_path)
+    layers = _write(model, tmp_path, group_size)
     packed = load_model(tmp_path, torch.float32)
     assert sum(isinstance(module, FdbLinear) for module in packed.modules()) == len(layers)
     expected = _logits(_dense_twin(model, layers), ids)
@@ -89,20 +95,28 @@ def test_transformers_loads_a_packed_model_with_the_logits_of_its_dense_twin(
     )
 
 
-def test_loading_in_bfloat16_keeps_planes_and_scales_as_stored(tmp_path: Path) -> None:
-    layers = _write(random_model(llama_config()), tmp_path)
+@pytest.mark.parametrize("group_size", [GROUP, WITH_KERNEL])
+def test_loading_in_bfloat16_keeps_planes_and_scales_as_stored(
+    tmp_path: Path, group_size: int
+) -> None:
+    layers = _write(random_model(llama_config()), tmp_path, group_size)
     packed = load_model(tmp_path, torch.bfloat16)
     for name, quantized in layers.items():
         module = packed.get_submodule(name)
         assert isinstance(module, FdbLinear)
-        assert module.alpha.dtype == torch.float16
-        assert torch.equal(module.alpha, quantized.alpha)
-        assert torch.equal(module.weight, quantized.weight)
+        loaded = module.quantized
+        assert loaded.alpha.dtype == torch.float16
+        assert torch.equal(loaded.alpha, quantized.alpha)
+        assert torch.equal(loaded.weight, quantized.weight)
 
 
-def test_a_packed_model_saves_and_loads_again(tmp_path: Path, ids: Tensor) -> None:
-    _write(random_model(llama_config()), tmp_path / "first")
+@pytest.mark.parametrize("group_size", [GROUP, WITH_KERNEL])
+def test_a_packed_model_saves_and_loads_again(tmp_path: Path, ids: Tensor, group_size: int) -> None:
+    _write(random_model(llama_config()), tmp_path / "first", group_size)
     packed = load_model(tmp_path / "first", torch.float32)
+    layers = [module for module in packed.modules() if isinstance(module, FdbLinear)]
+    tiled = group_size == WITH_KERNEL and cpu_kernels() is not None
+    assert {layer.tiles is not None for layer in layers} == {tiled}
     packed.save_pretrained(tmp_path / "second")
     again = load_model(tmp_path / "second", torch.float32)
     assert torch.equal(_logits(again, ids), _logits(packed, ids))

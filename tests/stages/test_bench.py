@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from dbllm_cli.errors import ConfigError
+from dbllm_cli.kernels import cpu_kernels
 from dbllm_cli.pipeline.run import Outcome
 from dbllm_cli.stages import bench
 from dbllm_cli.stages.peak_memory import measure_peak_memory
@@ -48,18 +49,47 @@ def test_both_models_are_timed(outcome: Outcome) -> None:
     assert outcome.metrics["device"] == "cpu"
 
 
-def test_the_weight_bytes_are_those_of_the_tensors(
-    workshop: Workshop, llama: Artifact, packed: Artifact, without_memory: None
+def _bytes_in_memory(tensors: dict[str, torch.Tensor], tiled: bool) -> int:
+    """In bfloat16, with packed layers as files hold them or in the tiles of the CPU kernels."""
+    total = 0
+    for name, tensor in tensors.items():
+        if name.endswith(".alpha"):
+            _, rows, groups = tensor.shape
+            total += 2 * 2 * groups * (-(-rows // 16) * 16 if tiled else rows)
+        elif tensor.dtype == torch.uint8 and tensor.ndim == 3:
+            _, rows, row_bytes = tensor.shape
+            # Tiles are filled up to 16 rows and to words of 32 inputs.
+            filled = -(-rows // 16) * 16 * -(-row_bytes // 4) * 4
+            total += 2 * (filled if tiled else rows * row_bytes)
+        else:
+            total += tensor.numel() * (1 if tensor.dtype == torch.uint8 else 2)
+    return total
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_weight_bytes_are_those_of_the_tensors_in_memory(
+    workshop: Workshop,
+    llama: Artifact,
+    packed: Artifact,
+    without_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: bool,
 ) -> None:
+    kernels = cpu_kernels()
+    if compiled and kernels is None:
+        pytest.skip("the CPU kernels are not compiled, or DBLLM_KERNEL asks for the reference")
+    if not compiled:
+        monkeypatch.setattr("dbllm_cli.fdb.linear.cpu_kernels", lambda: None)
     metrics = workshop.run(
         "bench", {"model": llama, "packed": packed}, **SHORT, compute_dtype="bfloat16"
     ).metrics
     for name, artifact in (("dense", llama), ("packed", packed)):
-        tensors = load_file(artifact.path / "model.safetensors").values()
-        size = {torch.float32: 2, torch.bfloat16: 2, torch.float16: 2, torch.uint8: 1}
-        expected = sum(tensor.numel() * size[tensor.dtype] for tensor in tensors)
+        tensors = load_file(artifact.path / "model.safetensors")
+        expected = _bytes_in_memory(tensors, compiled)
         # The rotary embedding's frequencies stand beside the weights.
         assert expected <= metrics[name]["weight_bytes"] <= expected + 128
+    in_use = kernels.instruction_set if compiled and kernels is not None else "reference"
+    assert metrics["kernel"] == in_use
 
 
 def test_the_accounting_counts_ones_zeros_and_levels(outcome: Outcome, packed: Artifact) -> None:

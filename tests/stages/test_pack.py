@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dbllm_cli.configs import PackConfig
 from dbllm_cli.llm.models import load_model
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
@@ -113,6 +114,34 @@ def test_tied_embeddings_stay_tied_and_are_stored_once(
     loaded = load_model(packed.path, torch.float32)
     embedding, output = loaded.get_input_embeddings(), loaded.get_output_embeddings()
     assert embedding.weight.data_ptr() == output.weight.data_ptr()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "opt"])
+def test_embeddings_in_8_bits_load_and_save_and_change_the_logits_little(
+    workshop: Workshop, tmp_path: Path, family: str
+) -> None:
+    model = workshop.model(save_model(tmp_path / "model", family))
+    fdb = workshop.make("init-fdb", {"model": model}, method="mse")
+    kept = workshop.make("pack", {"fdb": fdb})
+    small = workshop.run("pack", {"fdb": fdb}, embeddings="int8")
+    sizes = [sum(t.numel() * t.element_size() for t in tensors_of(a).values())
+             for a in (kept, small.artifact)]  # fmt: skip
+    assert small.metrics["weight_bytes"] == sizes[1] < 0.75 * sizes[0]
+    ids = torch.arange(12).unsqueeze(0)
+    plain, loaded = (load_model(a.path, torch.float32) for a in (kept, small.artifact))
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again", torch.float32)
+    with torch.no_grad():
+        expected, logits, repeated = (m(input_ids=ids).logits for m in (plain, loaded, again))
+    assert torch.equal(logits, repeated)
+    assert 0 < (logits - expected).norm() / expected.norm() < 0.05
+    tied = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    assert tied == plain.config.tie_word_embeddings
+
+
+def test_a_dense_export_has_no_embeddings_in_8_bits() -> None:
+    with pytest.raises(ValueError, match="leave out embeddings int8"):
+        PackConfig(format="dense", embeddings="int8")
 
 
 def test_other_files_of_the_models_folder_are_kept_and_weights_are_not(

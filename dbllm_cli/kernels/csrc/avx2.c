@@ -25,11 +25,11 @@ INLINE void quad_table(const int32_t *q, uint8_t *table) {
     _mm256_storeu_si256((__m256i *)table, _mm256_permute4x64_epi64(both, 0xD8));
 }
 
-INLINE void word_tables(const float *x, __m256 factor, __m256 lift, uint8_t *table) {
+INLINE void word_tables(const float *x, __m256 factor, uint8_t *table) {
     int32_t q[FDB_WORD_INPUTS];
     for (int i = 0; i < FDB_WORD_INPUTS; i += 8) {
-        __m256 lifted = _mm256_mul_ps(_mm256_loadu_ps(x + i), lift);
-        _mm256_storeu_si256((__m256i *)(q + i), _mm256_cvtps_epi32(_mm256_mul_ps(lifted, factor)));
+        __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), factor);
+        _mm256_storeu_si256((__m256i *)(q + i), _mm256_cvtps_epi32(scaled));
     }
     for (int quad = 0; quad < 8; quad++) quad_table(q + 4 * quad, table + quad * 32);
 }
@@ -41,14 +41,10 @@ TARGET static void make_tables(const fdb_shape *shape, const float *x, int64_t c
         int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
         for (int64_t column = 0; column < columns; column++) {
             const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
-            float largest = largest_magnitude(inputs, words);
-            /* The reciprocal of a denormal number overflows. */
-            float lift = largest < 0x1p-64f ? 0x1p64f : 1.0f;
-            float factor = largest > 0 ? LARGEST / (largest * lift) : 0;
-            steps[group * columns + column] = largest * lift / LARGEST / lift;
+            float factor, largest = largest_magnitude(inputs, words);
+            steps[group * columns + column] = fdb_step(largest, LARGEST, &factor);
             for (int64_t w = 0; w < words; w++)
                 word_tables(inputs + w * FDB_WORD_INPUTS, _mm256_set1_ps(factor),
-                            _mm256_set1_ps(lift),
                             tables + ((word + w) * columns + column) * WORD_TABLE);
         }
     }

@@ -21,11 +21,11 @@ INLINE __m256i quad_sums(const int32_t *q) {
 }
 
 /* Tables of one word: quads 0 2 4 6 low, the same high, quads 1 3 5 7 low, high; 64 bytes each. */
-INLINE void word_tables(const float *x, __m512 factor, __m512 lift, uint8_t *table) {
+INLINE void word_tables(const float *x, __m512 factor, uint8_t *table) {
     int32_t q[FDB_WORD_INPUTS] __attribute__((aligned(64)));
     for (int i = 0; i < FDB_WORD_INPUTS; i += 16) {
-        __m512 lifted = _mm512_mul_ps(_mm512_loadu_ps(x + i), lift);
-        _mm512_store_si512(q + i, _mm512_cvtps_epi32(_mm512_mul_ps(lifted, factor)));
+        __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), factor);
+        _mm512_store_si512(q + i, _mm512_cvtps_epi32(scaled));
     }
     for (int quad = 0; quad < 8; quad++) {
         __m256i sums = quad_sums(q + 4 * quad);
@@ -43,14 +43,10 @@ TARGET static void integer_tables(const fdb_shape *shape, const float *x, int64_
         int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
         for (int64_t column = 0; column < columns; column++) {
             const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
-            float largest = largest_magnitude(inputs, words);
-            /* The reciprocal of a denormal number overflows. */
-            float lift = largest < 0x1p-64f ? 0x1p64f : 1.0f;
-            float factor = largest > 0 ? LARGEST / (largest * lift) : 0;
-            steps[group * columns + column] = largest * lift / LARGEST / lift;
+            float factor, largest = largest_magnitude(inputs, words);
+            steps[group * columns + column] = fdb_step(largest, LARGEST, &factor);
             for (int64_t w = 0; w < words; w++)
                 word_tables(inputs + w * FDB_WORD_INPUTS, _mm512_set1_ps(factor),
-                            _mm512_set1_ps(lift),
                             tables + ((word + w) * columns + column) * WORD_TABLE);
         }
     }

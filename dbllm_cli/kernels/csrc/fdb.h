@@ -27,6 +27,8 @@ enum {
     FDB_MAX_COLUMNS = 32, /* columns of one call of a product */
 };
 
+#define FDB_SMALLEST 0x1p-100f
+
 typedef struct {
     int64_t in_features;
     int64_t out_features;
@@ -71,14 +73,22 @@ static inline int64_t fdb_block_tiles(const fdb_shape *s, int64_t block) {
     return fdb_min(FDB_BLOCK_TILES, fdb_tiles(s) - block * FDB_BLOCK_TILES);
 }
 
+/* The step of integers up to `top` for inputs up to `largest` (NaN for ones that are not finite),
+ * and what an input is multiplied by to be an integer. */
+static inline float fdb_step(float largest, int top, float *factor) {
+    *factor = largest >= FDB_SMALLEST ? (float)top / largest : 0;
+    return largest < FDB_SMALLEST ? 0 : largest / (float)top;
+}
+
 /* One way to make the product, for one instruction set.
  *
  * `table_bytes`: of one word of 32 inputs of one column.
  *
  * `tables`: from x [columns][words * 32] (zero beyond in_features), for the groups `first` up to
- *   `last`: tables [word][column][table_bytes] and steps [group][column]. The value of a table's
- *   entry times the step is a sum of activations. A group with an input that is not finite gets
- *   the step NaN, so that the product is NaN too.
+ *   `last`: tables [word][column][table_bytes], aligned to 64 bytes, and steps [group][column].
+ *   An entry of a table times the step is a sum of activations. A group with an input that is not
+ *   finite gets the step NaN, so that the product is NaN too. The caller lifts columns of tiny
+ *   inputs: groups below FDB_SMALLEST count as zero.
  *
  * `product`: from tiles, tables and steps to y [block][column][FDB_BLOCK_ROWS], for the blocks
  *   `first` up to `last`. The same bytes for any division into ranges.

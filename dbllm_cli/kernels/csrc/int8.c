@@ -3,6 +3,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "fdb.h"
 #include "floats.h"
 
 #if defined(__x86_64__)
@@ -17,18 +18,15 @@ enum { LARGEST = 32767, ROWS = 4, COLUMNS = 4 };
 void int8_quantize(const float *x, int64_t in, int16_t *q, float *steps) {
     for (int64_t first = 0; first < in; first += INT8_STRETCH) {
         int64_t last = in < first + INT8_STRETCH ? in : first + INT8_STRETCH;
-        float largest = 0, bad = 0;
+        float largest = 0, bad = 0, factor;
         for (int64_t i = first; i < last; i++) {
             float magnitude = fabsf(x[i]);
             largest = magnitude > largest ? magnitude : largest;
             bad += x[i] * 0.0f;
         }
-        /* The reciprocal of a denormal number overflows. */
-        float lift = largest < 0x1p-64f ? 0x1p64f : 1.0f;
-        float factor = largest > 0 && bad == 0 ? LARGEST / (largest * lift) : 0;
+        *steps++ = fdb_step(largest + bad, LARGEST, &factor);
         for (int64_t i = first; i < last; i++)
-            q[i] = factor > 0 ? (int16_t)lrintf(x[i] * lift * factor) : 0;
-        *steps++ = largest * lift / LARGEST / lift + bad;
+            q[i] = bad == 0 ? (int16_t)lrintf(x[i] * factor) : 0;
     }
 }
 

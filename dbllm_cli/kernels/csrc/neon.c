@@ -26,12 +26,12 @@ static float largest_magnitude(const float *x, int64_t words) {
 }
 
 /* Tables of one word: quads 0 2 4 6 low 7 bits, the same high, quads 1 3 5 7 low, high. */
-static void word_tables(const float *x, float factor, float lift, uint8_t *table) {
+static void word_tables(const float *x, float factor, uint8_t *table) {
     for (int quad = 0; quad < 8; quad++, x += 4) {
         int16_t sums[16] = {0};
         uint8_t *to = table + (quad & 1) * 128 + (quad >> 1) * 16;
         for (int i = 0; i < 4; i++) {
-            int16_t q = (int16_t)lrintf(x[i] * lift * factor);
+            int16_t q = (int16_t)lrintf(x[i] * factor);
             for (int v = 0; v < 1 << i; v++) sums[v + (1 << i)] = (int16_t)(sums[v] + q);
         }
         for (int v = 0; v < 16; v++) {
@@ -48,13 +48,10 @@ static void make_tables(const fdb_shape *shape, const float *x, int64_t columns,
         int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
         for (int64_t column = 0; column < columns; column++) {
             const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
-            float largest = largest_magnitude(inputs, words);
-            /* The reciprocal of a denormal number overflows. */
-            float lift = largest < 0x1p-64f ? 0x1p64f : 1.0f;
-            float factor = largest > 0 ? LARGEST / (largest * lift) : 0;
-            steps[group * columns + column] = largest * lift / LARGEST / lift;
+            float factor, largest = largest_magnitude(inputs, words);
+            steps[group * columns + column] = fdb_step(largest, LARGEST, &factor);
             for (int64_t w = 0; w < words; w++)
-                word_tables(inputs + w * FDB_WORD_INPUTS, factor, lift,
+                word_tables(inputs + w * FDB_WORD_INPUTS, factor,
                             tables + ((word + w) * columns + column) * WORD_TABLE);
         }
     }

@@ -2,8 +2,8 @@
 #include "torch_abi.h"
 
 #include <dlfcn.h>
+#include <math.h>
 #include <pthread.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -100,7 +100,7 @@ static int64_t row_offset(const array *x, int64_t row) {
     return offset;
 }
 
-void array_read_row(const array *x, int64_t row, int64_t count, float *to) {
+float array_read_row(const array *x, int64_t row, int64_t count, float *to) {
     const char *from = x->data + row_offset(x, row) * (int64_t)element_bytes(x->type);
     int64_t stride = x->strides[x->dim - 1];
     if (x->type == FLOAT32)
@@ -111,9 +111,17 @@ void array_read_row(const array *x, int64_t row, int64_t count, float *to) {
     else
         for (int64_t i = 0; i < count; i++)
             to[i] = fdb_from_float16(((const uint16_t *)from)[i * stride]);
+    float largest = 0;
+    for (int64_t i = 0; i < count; i++) largest = fmaxf(largest, fabsf(to[i]));
+    if (largest >= 0x1p-64f || largest == 0) return 1;
+    for (int64_t i = 0; i < count; i++) to[i] *= 0x1p64f;
+    return 0x1p-64f;
 }
 
-void array_write(const float *from, int64_t count, element_type type, char *data, int64_t at) {
+void array_write(float *from, int64_t count, float factor, element_type type, char *data,
+                 int64_t at) {
+    if (factor != 1)
+        for (int64_t i = 0; i < count; i++) from[i] *= factor;
     if (type == FLOAT32)
         memcpy((float *)data + at, from, (size_t)count * 4);
     else if (type == BFLOAT16)

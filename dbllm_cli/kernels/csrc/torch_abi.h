@@ -46,11 +46,13 @@ void array_describe(tensor from, array *to);
 /* A contiguous array of x's type and leading dimensions, with `last` in place of its last. */
 tensor array_like(const array *x, int64_t last, int64_t *rows, char **data);
 
-/* Row `row` of the flattened leading dimensions, as float32. */
-void array_read_row(const array *x, int64_t row, int64_t count, float *to);
+/* Row `row` of the flattened leading dimensions, as float32, lifted where all of it is so small
+ * that steps would be denormal: what to multiply results by. */
+float array_read_row(const array *x, int64_t row, int64_t count, float *to);
 
-/* Floats to elements of a contiguous array. */
-void array_write(const float *from, int64_t count, element_type type, char *data, int64_t at);
+/* Floats times `factor` to elements of a contiguous array; changes them. */
+void array_write(float *from, int64_t count, float factor, element_type type, char *data,
+                 int64_t at);
 
 /* The operator of torch_int8.c. */
 void int8_linear(stable_value *stack, uint64_t inputs, uint64_t outputs);

@@ -23,17 +23,19 @@ static void multiply(call *c, const array *x, int64_t first_row, char *out) {
     size_t q = rounded(c->in * c->columns * 2), row = rounded(c->in * 4);
     size_t steps = rounded(stretches * c->columns * 4), y = rounded(c->rows * c->columns * 4);
     char *memory = work_memory(q + row + steps + y);
+    float lowered[MAX_COLUMNS];
     c->q = (int16_t *)memory;
     c->x = (float *)(memory + q);
     c->steps = (float *)(memory + q + row);
     c->y = (float *)(memory + q + row + steps);
     for (int64_t column = 0; column < c->columns; column++) {
-        array_read_row(x, first_row + column, c->in, c->x);
+        lowered[column] = array_read_row(x, first_row + column, c->in, c->x);
         int8_quantize(c->x, c->in, c->q + column * c->in, c->steps + column * stretches);
     }
     torch.parallel_for(0, c->rows, 1 + GRAIN_BYTES / (c->in * c->columns), make_product, c);
     for (int64_t column = 0; column < c->columns; column++)
-        array_write(c->y + column * c->rows, c->rows, x->type, out, (first_row + column) * c->rows);
+        array_write(c->y + column * c->rows, c->rows, lowered[column], x->type, out,
+                    (first_row + column) * c->rows);
 }
 
 void int8_linear(stable_value *stack, uint64_t inputs, uint64_t outputs) {

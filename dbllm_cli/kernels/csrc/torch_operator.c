@@ -46,10 +46,11 @@ enum {
 static void multiply(call *c, const array *x, int64_t first_row, char *out) {
     const fdb_shape *shape = &c->shape;
     int64_t padded = c->words * FDB_WORD_INPUTS, groups = fdb_groups(shape);
+    float lowered[FDB_MAX_COLUMNS];
     divide_work_memory(c);
     for (int64_t column = 0; column < c->columns; column++) {
         float *to = c->x + column * padded;
-        array_read_row(x, first_row + column, shape->in_features, to);
+        lowered[column] = array_read_row(x, first_row + column, shape->in_features, to);
         memset(to + shape->in_features, 0, (size_t)(padded - shape->in_features) * sizeof *to);
     }
     torch.parallel_for(0, groups, 1 + GRAIN_GROUPS / c->columns, make_tables, c);
@@ -57,10 +58,10 @@ static void multiply(call *c, const array *x, int64_t first_row, char *out) {
     torch.parallel_for(0, fdb_blocks(shape), 1 + GRAIN_BYTES / block_bytes, make_product, c);
     for (int64_t column = 0; column < c->columns; column++)
         for (int64_t block = 0; block < fdb_blocks(shape); block++) {
-            const float *from = c->y + (block * c->columns + column) * FDB_BLOCK_ROWS;
+            float *from = c->y + (block * c->columns + column) * FDB_BLOCK_ROWS;
             int64_t at = block * FDB_BLOCK_ROWS;
-            array_write(from, fdb_min(FDB_BLOCK_ROWS, shape->out_features - at), x->type, out,
-                        (first_row + column) * shape->out_features + at);
+            array_write(from, fdb_min(FDB_BLOCK_ROWS, shape->out_features - at), lowered[column],
+                        x->type, out, (first_row + column) * shape->out_features + at);
         }
 }
 
@@ -89,6 +90,13 @@ static void fdb_linear_tiled(stable_value *stack, uint64_t inputs, uint64_t outp
 }
 
 static const fdb_instruction_set *const sets[] = {&fdb_avx512, &fdb_avx2, &fdb_neon, &fdb_portable};
+
+/* Whether this processor has an instruction set; changes nothing. */
+int dbllm_supports(const char *name) {
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
+        if (strcmp(name, sets[i]->name) == 0) return sets[i]->supported();
+    return 0;
+}
 
 /* Chooses an instruction set: the best one when `name` is NULL. Its name, or NULL. */
 const char *dbllm_choose(const char *name) {

@@ -1,0 +1,263 @@
+/* The kernels without torch, under sanitizers: against a plain loop in double, in buffers that are
+ * exactly as large as fdb.h says. Built and run by test_sanitizers.py. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fdb.h"
+#include "floats.h"
+
+int64_t dbllm_tiles_bytes(int64_t in_features, int64_t out_features, int64_t group_size);
+void dbllm_tile(int64_t in_features, int64_t out_features, int64_t group_size, uint8_t *planes,
+                uint16_t *scales, uint8_t *tiles, int to_tiles);
+
+enum { CASES = 120, GARBAGE = 0xFF };
+
+static const int64_t INPUTS[] = {1,  7,   8,   31,  32,  33,  63,  64,  65,
+                                 96, 100, 128, 129, 172, 257, 520, 1100};
+static const int64_t OUTPUTS[] = {1, 15, 16, 17, 33, 48, 63, 64, 65, 100, 128, 130, 200};
+static const int64_t GROUPS[] = {32, 64, 96, 128, 160, 256, 512, 1024};
+static const int64_t COLUMNS[] = {1, 1, 2, 3, 7, FDB_MAX_COLUMNS};
+
+#define FAIL(...) (fprintf(stderr, __VA_ARGS__), fputc('\n', stderr), exit(1))
+#define PICK(list) (list)[below(sizeof(list) / sizeof *(list))]
+
+/* -- random numbers ---------------------------------------------------------------------------- */
+
+static uint64_t state;
+
+static uint64_t draw(void) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return state;
+}
+static uint64_t below(uint64_t limit) { return (draw() >> 20) % limit; }
+/* From -1 to 1. */
+static double uniform(void) { return (double)below(1 << 20) / (1 << 19) - 1; }
+
+static void *memory(int64_t bytes) {
+    void *pointer = malloc((size_t)bytes);
+    if (pointer == NULL) FAIL("no memory");
+    return memset(pointer, GARBAGE, (size_t)bytes);
+}
+
+/* Tables are as large as fdb.h says and begin at a multiple of 64 bytes. */
+static uint8_t *table_memory(int64_t bytes) {
+    void *pointer = aligned_alloc(64, (size_t)bytes);
+    if (pointer == NULL) FAIL("no memory for tables");
+    return memset(pointer, GARBAGE, (size_t)bytes);
+}
+
+/* -- one layer, as files hold it --------------------------------------------------------------- */
+
+typedef struct {
+    fdb_shape shape;
+    int64_t row_bytes, groups, plane_bytes, scale_count, tile_bytes;
+    uint8_t *planes, *tiles;
+    uint16_t *scales;
+} layer;
+
+static layer random_layer(void) {
+    layer l = {.shape = {PICK(INPUTS), PICK(OUTPUTS), PICK(GROUPS)}};
+    const fdb_shape *s = &l.shape;
+    l.row_bytes = (s->in_features + 7) / 8;
+    l.groups = (s->in_features + s->group_size - 1) / s->group_size;
+    l.plane_bytes = 2 * s->out_features * l.row_bytes;
+    l.scale_count = 2 * s->out_features * l.groups;
+    l.tile_bytes = dbllm_tiles_bytes(s->in_features, s->out_features, s->group_size);
+    l.planes = memory(l.plane_bytes);
+    l.scales = memory(l.scale_count * 2);
+    l.tiles = memory(l.tile_bytes);
+    for (int64_t i = 0; i < l.plane_bytes; i++) l.planes[i] = (uint8_t)below(256);
+    /* Both signs, from denormal numbers to 4. */
+    for (int64_t i = 0; i < l.scale_count; i++)
+        l.scales[i] = (uint16_t)(below(2) << 15 | below(0x4400));
+    memset(l.tiles, 0, (size_t)l.tile_bytes);
+    dbllm_tile(s->in_features, s->out_features, s->group_size, l.planes, l.scales, l.tiles, 1);
+    return l;
+}
+
+static void free_layer(layer *l) { free(l->planes), free(l->scales), free(l->tiles); }
+
+static double scale_of(const layer *l, int plane, int64_t row, int64_t group) {
+    uint16_t half = l->scales[(plane * l->shape.out_features + row) * l->groups + group];
+    int exponent = half >> 10 & 31, mantissa = half & 1023;
+    double size = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
+    return half & 0x8000 ? -size : size;
+}
+
+static int bit_of(const layer *l, int plane, int64_t row, int64_t input) {
+    const uint8_t *bits = l->planes + (plane * l->shape.out_features + row) * l->row_bytes;
+    return bits[input / 8] >> input % 8 & 1;
+}
+
+static void check_layout(const layer *l) {
+    const fdb_shape *s = &l->shape;
+    uint8_t *planes = memory(l->plane_bytes);
+    uint16_t *scales = memory(l->scale_count * 2);
+    dbllm_tile(s->in_features, s->out_features, s->group_size, planes, scales, l->tiles, 0);
+    if (memcmp(planes, l->planes, (size_t)l->plane_bytes) ||
+        memcmp(scales, l->scales, (size_t)l->scale_count * 2))
+        FAIL("layout: %ld x %ld, groups of %ld", (long)s->out_features, (long)s->in_features,
+             (long)s->group_size);
+    free(planes), free(scales);
+}
+
+/* -- one product ------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *name;
+    double tolerance;
+    const fdb_kernel *kernel;
+    const layer *l;
+    int64_t columns, padded;
+    float *x;
+    int64_t bad_column; /* holds an input that is not finite; -1 for none */
+} trial;
+
+/* Runs the kernel with its work divided at `group` and `block`. */
+static float *run(const trial *t, int64_t group, int64_t block) {
+    const fdb_shape *s = &t->l->shape;
+    int64_t words = t->padded / FDB_WORD_INPUTS, blocks = fdb_blocks(s);
+    uint8_t *tables = table_memory(words * t->columns * t->kernel->table_bytes);
+    float *steps = memory(t->l->groups * t->columns * 4);
+    float *y = memory(blocks * t->columns * FDB_BLOCK_ROWS * 4);
+    t->kernel->tables(s, t->x, t->columns, group, t->l->groups, tables, steps);
+    t->kernel->tables(s, t->x, t->columns, 0, group, tables, steps);
+    t->kernel->product(s, t->l->tiles, tables, steps, t->columns, block, blocks, y);
+    t->kernel->product(s, t->l->tiles, tables, steps, t->columns, 0, block, y);
+    free(tables), free(steps);
+    return y;
+}
+
+static float output(const trial *t, const float *y, int64_t row, int64_t column) {
+    int64_t block = row / FDB_BLOCK_ROWS;
+    return y[(block * t->columns + column) * FDB_BLOCK_ROWS + row % FDB_BLOCK_ROWS];
+}
+
+static void fail(const trial *t, const char *what, double value) {
+    const fdb_shape *s = &t->l->shape;
+    FAIL("%s: %s (%g): %ld x %ld, groups of %ld, %ld columns", t->name, what, value,
+         (long)s->out_features, (long)s->in_features, (long)s->group_size, (long)t->columns);
+}
+
+static void compare(const trial *t, const float *y) {
+    const fdb_shape *s = &t->l->shape;
+    double error = 0, size = 0;
+    for (int64_t column = 0; column < t->columns; column++)
+        for (int64_t row = 0; row < s->out_features; row++) {
+            double expected = 0, found = output(t, y, row, column);
+            if (column == t->bad_column) {
+                if (!isnan(found)) fail(t, "not NaN", found);
+                continue;
+            }
+            for (int64_t i = 0; i < s->in_features; i++)
+                for (int plane = 0; plane < 2; plane++) {
+                    double term = scale_of(t->l, plane, row, i / s->group_size) *
+                                  t->x[column * t->padded + i];
+                    expected += bit_of(t->l, plane, row, i) ? term : 0;
+                    size += term * term;
+                }
+            error += (found - expected) * (found - expected);
+        }
+    if (!(sqrt(error) <= t->tolerance * sqrt(size))) fail(t, "error", sqrt(error / size));
+}
+
+static void compare_bytes(const trial *t, const float *y, const float *other) {
+    for (int64_t column = 0; column < t->columns; column++)
+        for (int64_t row = 0; row < t->l->shape.out_features; row++) {
+            float a = output(t, y, row, column), b = output(t, other, row, column);
+            if (column != t->bad_column && memcmp(&a, &b, sizeof a))
+                fail(t, "another division gives other bytes", a - b);
+        }
+}
+
+static void check_product(trial t) {
+    const fdb_shape *s = &t.l->shape;
+    t.columns = PICK(COLUMNS);
+    t.padded = (s->in_features + FDB_WORD_INPUTS - 1) / FDB_WORD_INPUTS * FDB_WORD_INPUTS;
+    t.x = memory(t.columns * t.padded * 4);
+    double factor = ldexp(1, (int)below(120) - 60);
+    for (int64_t i = 0; i < t.columns * t.padded; i++)
+        t.x[i] = i % t.padded < s->in_features ? (float)(uniform() * factor) : 0;
+    t.bad_column = below(3) ? -1 : (int64_t)below((uint64_t)t.columns);
+    if (t.bad_column >= 0) {
+        const float bad[] = {NAN, INFINITY, -INFINITY};
+        t.x[t.bad_column * t.padded + (int64_t)below((uint64_t)s->in_features)] = PICK(bad);
+    }
+    float *y = run(&t, 0, 0);
+    compare(&t, y);
+    float *other = run(&t, (int64_t)below((uint64_t)t.l->groups + 1),
+                       (int64_t)below((uint64_t)fdb_blocks(s) + 1));
+    compare_bytes(&t, y, other);
+    free(y), free(other), free(t.x);
+}
+
+static void check_instruction_set(const fdb_instruction_set *set) {
+    if (!set->supported()) {
+        printf("%s: not here\n", set->name);
+        return;
+    }
+    for (int exact = 0; exact < 2; exact++) {
+        trial t = {.name = exact ? set->exact->name : set->integer->name,
+                   .kernel = exact ? set->exact : set->integer,
+                   .tolerance = exact ? 1e-6 : 6e-4};
+        state = 88172645463325252u;
+        for (int i = 0; i < CASES; i++) {
+            layer l = random_layer();
+            check_layout(&l);
+            t.l = &l;
+            check_product(t);
+            free_layer(&l);
+        }
+    }
+    printf("%s: right\n", set->name);
+}
+
+/* -- floats.h ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *name;
+    float (*widen)(uint16_t);
+    uint16_t (*narrow)(float);
+    uint16_t infinity;
+    double beyond; /* where infinity would stand, had the exponent one more value */
+} half_format;
+
+static void check_rounding(const half_format *f, uint16_t code, float value, const char *what) {
+    uint16_t positive = f->narrow(value), negative = f->narrow(-value);
+    if (positive != code || negative != (code | 0x8000))
+        FAIL("%s: %a, %s, is %04x and negated %04x, not %04x", f->name, value, what, positive,
+             negative, code);
+}
+
+/* Every number, the middle between it and the next, and the floats around the middle. */
+static void check_half_format(const half_format *f) {
+    for (uint16_t code = 0; code < f->infinity; code++) {
+        float here = f->widen(code);
+        double next = code + 1 == f->infinity ? f->beyond : f->widen((uint16_t)(code + 1));
+        float middle = (float)((here + next) / 2);
+        uint16_t even = (uint16_t)(code + (code & 1));
+        if (!(here < next)) FAIL("%s: %04x is not below the next", f->name, code);
+        check_rounding(f, code, here, "a number");
+        check_rounding(f, even, middle, "a middle");
+        check_rounding(f, code, nextafterf(middle, 0), "below a middle");
+        check_rounding(f, (uint16_t)(code + 1), nextafterf(middle, INFINITY), "above a middle");
+    }
+    check_rounding(f, f->infinity, INFINITY, "infinity");
+    if (f->widen(f->infinity) != INFINITY || !isnan(f->widen((uint16_t)(f->infinity + 1))))
+        FAIL("%s: infinity or NaN is read as another number", f->name);
+    if (!isnan(f->widen(f->narrow(NAN))) || !isnan(f->widen(f->narrow(-NAN))))
+        FAIL("%s: NaN becomes a number", f->name);
+}
+
+int main(void) {
+    const half_format formats[] = {
+        {"bfloat16", fdb_from_bfloat16, fdb_to_bfloat16, 0x7f80, 0x1p128},
+        {"float16", fdb_from_float16, fdb_to_float16, 0x7c00, 65536},
+    };
+    const fdb_instruction_set *sets[] = {&fdb_avx512, &fdb_avx2, &fdb_neon, &fdb_portable};
+    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++) check_half_format(&formats[i]);
+    for (size_t i = 0; i < sizeof sets / sizeof *sets; i++) check_instruction_set(sets[i]);
+    return 0;
+}

@@ -1,0 +1,42 @@
+/* Reads memory with a number of threads: the roof of a product with one vector. */
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+typedef struct {
+    const uint64_t *from;
+    size_t count;
+    uint64_t sum;
+} part;
+
+#if defined(__x86_64__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+static uint64_t read_all(const uint64_t *from, size_t count) {
+    uint64_t sums[32] = {0}, sum = 0;
+    for (size_t i = 0; i + 32 <= count; i += 32)
+        for (int lane = 0; lane < 32; lane++) sums[lane] ^= from[i + lane];
+    for (int lane = 0; lane < 32; lane++) sum ^= sums[lane];
+    return sum;
+}
+
+static void *work(void *argument) {
+    part *p = argument;
+    p->sum = read_all(p->from, p->count);
+    return NULL;
+}
+
+uint64_t read_memory(const uint64_t *from, size_t count, int threads) {
+    part parts[64];
+    pthread_t started[64];
+    uint64_t sum = 0;
+    for (int i = 0; i < threads; i++) {
+        size_t first = count / threads * i;
+        parts[i] = (part){from + first, i + 1 < threads ? count / threads : count - first, 0};
+        if (i > 0) pthread_create(&started[i], NULL, work, &parts[i]);
+    }
+    work(&parts[0]);
+    for (int i = 1; i < threads; i++) pthread_join(started[i], NULL);
+    for (int i = 0; i < threads; i++) sum ^= parts[i].sum;
+    return sum;
+}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -183,74 +184,59 @@ def test_the_interpreted_kernels_give_the_product(products: dict[str, Tensor], c
     _check(products[case.name], case)
 
 
-def _compiled(kernel: str, dtype: str, wide: bool, architecture: int, rows: int) -> Any:
-    """A kernel as for a layer of 4096 inputs, or of 4095, made for this GPU without having it."""
-    import triton
+def _compiled(case: Case, architecture: int, patch: pytest.MonkeyPatch) -> Any:
+    """The kernel that a product would be made with: Triton compiles for GPUs that are not there."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import JITFunction, driver
 
-    from dbllm_cli.kernels import gpu
+    from dbllm_cli.kernels.gpu import fdb_linear_gpu
 
-    function: Any = getattr(gpu, kernel)
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    blocks = gpu.choose_blocks(rows, dtypes[dtype])
-    bits = 32 if wide else 8
-    constants = {
-        "bits": bits,
-        "group_words": 64 // bits,
-        "whole": wide,
-        "block_rows": blocks.rows,
-        "block_out": blocks.outputs,
-        "block_words": blocks.inputs // bits,
-        "stages": blocks.stages,
-    }
-    pointers = dict.fromkeys(("result", "x", "bias"), f"*{dtype}")
-    pointers |= {"weight": "*i32" if wide else "*u8", "alpha": "*fp16"}
-    signature = {
-        name: "constexpr" if name in constants else pointers.get(name, "i32")
-        for name in function.arg_names
-    }
-    aligned = [
-        place
-        for place, name in enumerate(function.arg_names)
-        if name in pointers or (wide and name not in constants and name != "rows")
-    ]
-    source = ASTSource(
-        function,
-        signature,
-        {(function.arg_names.index(name),): value for name, value in constants.items()},
-        {(place,): [["tt.divisibility", 16]] for place in aligned},
+    made = []
+    run = JITFunction.run
+
+    def run_without_a_launch(self: Any, *arguments: Any, **options: Any) -> None:
+        made.append(run(self, *arguments, **options | {"warmup": True}))
+
+    target = GPUTarget("cuda", architecture, 32)
+    absent = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: architecture,
+        get_current_stream=lambda device: 0,
     )
-    options = {"num_warps": blocks.warps, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    patch.setattr(JITFunction, "run", run_without_a_launch)
+    patch.setattr(driver, "_active", absent)
+    fdb_linear_gpu(*_layer(case))
+    return made[0]
 
 
 @needs_triton
-@pytest.mark.parametrize(("dtype", "architecture"), [("fp16", 90), ("bf16", 80), ("fp32", 80)])
 @pytest.mark.parametrize(
-    ("kernel", "rows", "wide"),
+    ("dtype", "architecture"),
+    [(torch.float16, 90), (torch.bfloat16, 80), (torch.float32, 80)],
+)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "group_size", "rows"),
     [
-        ("_decode", 1, True),
-        ("_decode", 4, True),
-        ("_decode", 1, False),
-        ("_prefill", 16, True),
-        ("_prefill", 64, True),
-        ("_prefill", 512, True),
-        ("_prefill", 512, False),
+        *[(4096, 64, 64, rows) for rows in (1, 4, 16, 64, 512)],
+        *[(4072, 64, 64, rows) for rows in (1, 4, 16, 64, 512)],
+        (8, 1, 8, 1),
+        (8, 1, 8, 20),
     ],
 )
 def test_the_compiled_kernels_fit_a_gpu(
-    kernel: str,
+    inputs: int,
+    outputs: int,
+    group_size: int,
     rows: int,
-    wide: bool,
-    dtype: str,
+    dtype: torch.dtype,
     architecture: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The interpreter knows no layouts, registers or shared memory."""
+    """The interpreter knows no types of pointers, no layouts, registers or shared memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    made = _compiled(kernel, dtype, wide, architecture, rows)
+    case = Case(inputs, outputs, group_size, rows, dtype, bias=outputs == 1)
+    made = _compiled(case, architecture, monkeypatch)
     assert made.metadata.shared <= 99 * 1024
     from triton import knobs
 

@@ -27,7 +27,7 @@ _OPERATORS = torch.library.Library("dbllm", "FRAGMENT")
 _OPERATORS.define(
     "fdb_linear_tiled(Tensor x, Tensor tiles, int out_features, int group_size) -> Tensor"
 )
-_OPERATORS.define("int8_linear(Tensor x, Tensor weight) -> Tensor")
+_OPERATORS.define("int8_linear_cpu(Tensor x, Tensor weight) -> Tensor")
 
 
 class CpuKernels:

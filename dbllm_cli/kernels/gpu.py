@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 DECODE_ROWS = 4
-"""Up to so many rows of x no tensor cores: they would leave half of the GPU without a program."""
+"""Up to so many rows of x, no tensor cores: blocks large enough for them are too few for a GPU."""
 
 
 class Blocks(NamedTuple):

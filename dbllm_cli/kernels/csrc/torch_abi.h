@@ -55,7 +55,7 @@ void array_write(float *from, int64_t count, float factor, element_type type, ch
                  int64_t at);
 
 /* The operator of torch_int8.c. */
-void int8_linear(stable_value *stack, uint64_t inputs, uint64_t outputs);
+void int8_linear_cpu(stable_value *stack, uint64_t inputs, uint64_t outputs);
 
 /* Memory of the calling thread, 64-byte aligned, kept for its next call. */
 void *work_memory(size_t bytes);

@@ -1,4 +1,4 @@
-/* dbllm::int8_linear(Tensor x, Tensor weight) -> Tensor */
+/* dbllm::int8_linear_cpu(Tensor x, Tensor weight) -> Tensor */
 #include "int8.h"
 #include "torch_abi.h"
 
@@ -38,7 +38,7 @@ static void multiply(call *c, const array *x, int64_t first_row, char *out) {
                     (first_row + column) * c->rows);
 }
 
-void int8_linear(stable_value *stack, uint64_t inputs, uint64_t outputs) {
+void int8_linear_cpu(stable_value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     tensor x = (tensor)stack[0], weight = (tensor)stack[1];
     array input, rows_of;

@@ -115,7 +115,7 @@ const char *dbllm_register(const char *torch_library) {
     if (lacking != NULL) return lacking;
     if (torch.library_init_impl("dbllm", "CPU", __FILE__, __LINE__, &library) ||
         torch.library_impl(library, "fdb_linear_tiled", fdb_linear_tiled) ||
-        torch.library_impl(library, "int8_linear", int8_linear))
+        torch.library_impl(library, "int8_linear_cpu", int8_linear_cpu))
         return "aoti_torch_library_impl";
     return NULL;
 }

@@ -37,7 +37,7 @@ class Int8Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., hidden]` to logits `[..., tokens]` in the same dtype."""
-        logits = int8_linear(hidden, self.weight)
+        logits: Tensor = int8_linear(hidden, self.weight)
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
 

@@ -49,5 +49,5 @@ test: check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf .import_linter_cache
+	rm -rf .import_linter_cache dbllm_cli/kernels/_cpu*.so
 	find dbllm_cli tests -name __pycache__ -type d -exec rm -rf {} +

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.kernels import TILED_DTYPES, cpu_kernels, fdb_linear, fdb_linear_tiled
@@ -92,11 +93,14 @@ class FdbLinear(nn.Module):
         """`x` `[..., in]` to `[..., out]`, in x's dtype, or autocast's where that is on."""
         x = autocast_input(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.tiles is None or x.dtype not in TILED_DTYPES:
-            weight, alpha = self._planes()
+        # Accelerate moves buffers without asking the module.
+        compiled = self.tiles is not None and self.tiles.device.type in ("cpu", "meta")
+        if not compiled or x.dtype not in TILED_DTYPES:
+            weight, alpha = (part.to(x.device) for part in self._planes())
             product: Tensor = fdb_linear(x, weight, alpha, bias, self.group_size)
             return product
         shape = (self.in_features, self.out_features, self.group_size)
+        assert self.tiles is not None
         result = fdb_linear_tiled(x, self.tiles, *shape)
         return result if bias is None else result + bias
 
@@ -116,8 +120,20 @@ class FdbLinear(nn.Module):
         destination[f"{prefix}weight"], destination[f"{prefix}alpha"] = self._planes()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        tiled = self.tiles is not None
         self._leave_cpu_kernels()
         super()._load_from_state_dict(*args, **kwargs)
+        if tiled:
+            self.use_cpu_kernels()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # In a process of its own the operator waits for its implementation.
+        if self.tiles is not None and cpu_kernels() is None:
+            raise ConfigError(
+                "this layer was laid out for the CPU kernels, which are not there",
+                "load the model from its folder, or see dbllm doctor",
+            )
 
     @classmethod
     def holding(cls, quantized: QuantizedMatrix, bias: Tensor | None) -> Self:

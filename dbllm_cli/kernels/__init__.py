@@ -2,7 +2,7 @@
 
 from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, cpu_kernels
 from dbllm_cli.kernels.int8 import dequantize_rows, int8_linear, quantize_rows
-from dbllm_cli.kernels.operator import fdb_linear, fdb_linear_tiled
+from dbllm_cli.kernels.operator import fdb_linear, fdb_linear_tiled, has_gpu_kernel
 from dbllm_cli.kernels.reference import dequantize, unpack_planes
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "dequantize_rows",
     "fdb_linear",
     "fdb_linear_tiled",
+    "has_gpu_kernel",
     "int8_linear",
     "quantize_rows",
     "unpack_planes",

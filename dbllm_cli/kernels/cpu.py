@@ -6,6 +6,7 @@ at every call. Without the compiled library, or with a torch before 2.10, the re
 
 import ctypes
 import os
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -46,6 +47,11 @@ class CpuKernels:
         self._bytes.restype = ctypes.c_int64
         self._bytes.argtypes = [ctypes.c_int64] * 3
 
+    def tiles_bytes(self, in_features: int, out_features: int, group_size: int) -> int:
+        """How long the tiles of a layer are."""
+        length: int = self._bytes(in_features, out_features, group_size)
+        return length
+
     def fits(self, group_size: int) -> bool:
         """Whether there is a kernel for this group size: a multiple of 32."""
         return group_size % _WORD_INPUTS == 0
@@ -67,7 +73,7 @@ class CpuKernels:
         """
         weight, alpha = weight.contiguous(), alpha.to(torch.float16).contiguous()
         shape = (in_features, weight.shape[1], group_size)
-        tiles = torch.zeros(self._bytes(*shape), dtype=torch.uint8)
+        tiles = torch.zeros(self.tiles_bytes(*shape), dtype=torch.uint8, device="cpu")
         self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 1)
         return tiles
 
@@ -75,9 +81,11 @@ class CpuKernels:
         self, tiles: Tensor, in_features: int, out_features: int, group_size: int
     ) -> tuple[Tensor, Tensor]:
         """The inverse of `to_tiles`: planes and scales."""
-        weight = torch.zeros(2, out_features, -(-in_features // 8), dtype=torch.uint8)
+        row_bytes = -(-in_features // 8)
+        tiles = tiles.cpu()
+        weight = torch.zeros(2, out_features, row_bytes, dtype=torch.uint8, device="cpu")
         groups = -(-in_features // group_size)
-        alpha = torch.zeros(2, out_features, groups, dtype=torch.float16)
+        alpha = torch.zeros(2, out_features, groups, dtype=torch.float16, device="cpu")
         shape = (in_features, out_features, group_size)
         self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 0)
         return weight, alpha
@@ -123,4 +131,7 @@ def _load(wanted: str | None) -> CpuKernels | str:
 
 def library_path() -> Path | None:
     """The compiled library beside this module, or None."""
-    return next(iter(sorted(Path(__file__).parent.glob("_cpu*.so"))), None)
+    # Another Python's may lie there too, of other sources.
+    suffixes = (str(sysconfig.get_config_var("EXT_SUFFIX")), ".so")
+    paths = (Path(__file__).with_name(f"_cpu{suffix}") for suffix in suffixes)
+    return next((path for path in paths if path.is_file()), None)

@@ -10,6 +10,7 @@ from dbllm_cli.kernels.cpu import TILED_DTYPES, cpu_kernels
 
 _LARGEST = 127
 _SCALE_BYTES = 2
+_PART_ROWS = 8192
 
 
 def quantize_rows(matrix: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def quantize_rows(matrix: Tensor) -> Tensor:
         uint8 `[rows, in + 2]`: the bytes of the integers, then of the scale.
     """
     values = matrix.to(torch.float32)
-    # The scale is rounded first, upwards enough that no integer exceeds the largest.
+    # Integers belong to the rounded scale, the one that is stored.
     scale = (values.abs().amax(-1, keepdim=True) / _LARGEST).to(torch.float16)
     divisor = torch.where(scale > 0, scale.to(torch.float32), 1.0)
     integers = (values / divisor).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
@@ -51,11 +52,21 @@ def int8_linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         `[..., rows]` of x's dtype.
+
+    Raises:
+        ValueError: the rows do not fit x.
     """
+    if weight.dim() != 2 or weight.dtype != torch.uint8 or x.shape[-1] + 2 != weight.shape[1]:
+        raise ValueError(
+            f"{x.shape[-1]} inputs take uint8 rows of {x.shape[-1] + 2} bytes, "
+            f"not {weight.dtype} {list(weight.shape)}"
+        )
     if x.device.type == "cpu" and x.dtype in TILED_DTYPES and cpu_kernels() is not None:
-        product: Tensor = torch.ops.dbllm.int8_linear_cpu(x, weight)
+        product: Tensor = torch.ops.dbllm.int8_linear_cpu(x, weight.contiguous())
         return product
-    return linear(x, dequantize_rows(weight, x.dtype))
+    # Part by part: a large vocabulary in float32 would outweigh the model.
+    parts = (linear(x, dequantize_rows(part, x.dtype)) for part in weight.split(_PART_ROWS))
+    return torch.cat(tuple(parts), -1)
 
 
 @int8_linear.register_fake

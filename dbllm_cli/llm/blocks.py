@@ -54,6 +54,12 @@ def layer_shape(module: nn.Module) -> tuple[int, int]:
     return (first, second) if isinstance(module, Conv1D) else (second, first)
 
 
+def _weight_count(layer: nn.Module) -> int:
+    if isinstance(layer, FdbLinear):
+        return layer.in_features * layer.out_features
+    return cast(Tensor, layer.weight).numel()
+
+
 def find_blocks(model: nn.Module) -> DecoderBlocks:
     """The outermost module list whose members hold the most linear weights, packed or not.
 
@@ -66,7 +72,7 @@ def find_blocks(model: nn.Module) -> DecoderBlocks:
         if not isinstance(module, nn.ModuleList):
             continue
         weights = sum(
-            cast(Tensor, part.weight).numel()
+            _weight_count(part)
             for part in module.modules()
             if is_linear(part) or isinstance(part, FdbLinear)
         )

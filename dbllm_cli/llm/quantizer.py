@@ -42,6 +42,8 @@ class DbllmConfig(QuantizationConfigMixin):
         **kwargs: Any,
     ) -> None:
         del kwargs
+        if embedding_bits not in (None, 8):
+            raise ValueError(f"embeddings in {embedding_bits} bits are not known here: 8 or none")
         if format_version > FORMAT_VERSION:
             raise NewerFormatError(
                 f"packed format {format_version} is newer than the {FORMAT_VERSION} read here: "
@@ -75,9 +77,8 @@ class DbllmQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         del kwargs
         # A layer that is offloaded from a GPU comes back to it at every call.
-        if set(map(str, (getattr(model, "hf_device_map", None) or {"": "cpu"}).values())) == {
-            "cpu"
-        }:
+        devices = (getattr(model, "hf_device_map", None) or {"": "cpu"}).values()
+        if {str(device) for device in devices} == {"cpu"}:
             for module in model.modules():
                 if isinstance(module, FdbLinear):
                     module.use_cpu_kernels()

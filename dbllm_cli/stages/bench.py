@@ -12,7 +12,7 @@ import torch
 from dbllm_cli.configs import BenchConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.quantized import count_planes, stored_bits
-from dbllm_cli.kernels import REFERENCE, cpu_kernels
+from dbllm_cli.kernels import REFERENCE, cpu_kernels, has_gpu_kernel
 from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import Model, load_model, model_folder, require_positions
 from dbllm_cli.llm.packed import PackedFolder
@@ -66,7 +66,7 @@ def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Me
         "device": _device_name(ctx.device),
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "kernel": _kernel(contenders[1].model),
+        "kernel": _kernel(contenders[1].model, ctx.device),
     }
     for contender in contenders:
         figures = _figures(config, times[contender.name], contender.model)
@@ -142,8 +142,10 @@ def _spread(seconds: tuple[float, ...]) -> dict[str, float]:
     }
 
 
-def _kernel(model: Model) -> str:
-    """The instruction set that a packed model runs on, or the reference."""
+def _kernel(model: Model, device: str) -> str:
+    """The instruction set that a packed model runs on, `gpu`, or the reference."""
+    if device.startswith("cuda"):
+        return "gpu" if has_gpu_kernel(torch.device(device)) else REFERENCE
     kernels = cpu_kernels()
     tiled = any(layer.tiles is not None for _, layer in packed_layers(model))
     return kernels.instruction_set if kernels is not None and tiled else REFERENCE

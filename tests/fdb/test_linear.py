@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import quantize_matrix
@@ -221,3 +222,19 @@ def test_under_autocast_a_tiled_layer_computes_in_its_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         y = _tiled()(_inputs(2))
     assert y.dtype == torch.bfloat16
+
+
+def test_planes_of_a_tiled_layer_are_read_under_any_default_device() -> None:
+    layer, before = _tiled(), _layer()
+    with torch.device("meta"):
+        state = layer.state_dict()
+    assert torch.equal(state["weight"], before.state_dict()["weight"])
+
+
+def test_a_tiled_layer_without_its_kernels_says_so_when_it_is_unpickled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = _tiled()
+    monkeypatch.setattr("dbllm_cli.fdb.linear.cpu_kernels", lambda: None)
+    with pytest.raises(ConfigError, match="laid out for the CPU kernels"):
+        copy.deepcopy(layer)

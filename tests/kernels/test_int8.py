@@ -97,3 +97,9 @@ def test_a_compiled_model_gives_the_same() -> None:
     weight, x = quantize_rows(_normal(9, 40, seed=1)), _normal(2, 40)
     product = torch.compile(lambda x: int8_linear(x, weight), backend="aot_eager", fullgraph=True)
     assert torch.equal(product(x), int8_linear(x, weight))
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 41), torch.zeros(3, 42, dtype=torch.uint8)])
+def test_rows_that_do_not_fit_are_refused(weight: Tensor) -> None:
+    with pytest.raises(ValueError, match="41 inputs take uint8 rows of 43 bytes"):
+        int8_linear(_normal(2, 41), weight)

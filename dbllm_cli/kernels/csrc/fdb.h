@@ -16,6 +16,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* What Python calls; all else stays inside the library. */
+#define EXPORT __attribute__((visibility("default")))
+
 enum {
     FDB_TILE_ROWS = 16,
     FDB_BLOCK_TILES = 4,

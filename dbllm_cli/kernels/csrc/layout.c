@@ -37,13 +37,13 @@ static void copy_row(const transfer *t, int64_t group, int64_t row, uint8_t *til
     }
 }
 
-int64_t dbllm_tiles_bytes(int64_t in_features, int64_t out_features, int64_t group_size) {
+EXPORT int64_t dbllm_tiles_bytes(int64_t in_features, int64_t out_features, int64_t group_size) {
     fdb_shape shape = {in_features, out_features, group_size};
     return fdb_tiles(&shape) * fdb_tile_bytes(&shape, 0, fdb_groups(&shape));
 }
 
 /* Copies a layer to its tiles, or back. Tiles must be zero before they are written. */
-void dbllm_tile(int64_t in_features, int64_t out_features, int64_t group_size, uint8_t *planes,
+EXPORT void dbllm_tile(int64_t in_features, int64_t out_features, int64_t group_size, uint8_t *planes,
                 uint16_t *scales, uint8_t *tiles, int to_tiles) {
     transfer t = {{in_features, out_features, group_size}, fdb_ceil_div(in_features, 8), planes,
                   scales, to_tiles};

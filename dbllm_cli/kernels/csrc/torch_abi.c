@@ -112,7 +112,7 @@ float array_read_row(const array *x, int64_t row, int64_t count, float *to) {
         for (int64_t i = 0; i < count; i++)
             to[i] = fdb_from_float16(((const uint16_t *)from)[i * stride]);
     float largest = 0;
-    for (int64_t i = 0; i < count; i++) largest = fmaxf(largest, fabsf(to[i]));
+    for (int64_t i = 0; i < count; i++) largest = fabsf(to[i]) > largest ? fabsf(to[i]) : largest;
     if (largest >= 0x1p-64f || largest == 0) return 1;
     for (int64_t i = 0; i < count; i++) to[i] *= 0x1p64f;
     return 0x1p-64f;

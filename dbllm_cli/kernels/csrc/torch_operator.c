@@ -92,14 +92,14 @@ static void fdb_linear_tiled(stable_value *stack, uint64_t inputs, uint64_t outp
 static const fdb_instruction_set *const sets[] = {&fdb_avx512, &fdb_avx2, &fdb_neon, &fdb_portable};
 
 /* Whether this processor has an instruction set; changes nothing. */
-int dbllm_supports(const char *name) {
+EXPORT int dbllm_supports(const char *name) {
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
         if (strcmp(name, sets[i]->name) == 0) return sets[i]->supported();
     return 0;
 }
 
 /* Chooses an instruction set: the best one when `name` is NULL. Its name, or NULL. */
-const char *dbllm_choose(const char *name) {
+EXPORT const char *dbllm_choose(const char *name) {
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
         if (sets[i]->supported() && (name == NULL || strcmp(name, sets[i]->name) == 0)) {
             chosen = sets[i];
@@ -109,7 +109,7 @@ const char *dbllm_choose(const char *name) {
 }
 
 /* Registers the operators' CPU implementations. NULL, or the name of what this torch lacks. */
-const char *dbllm_register(const char *torch_library) {
+EXPORT const char *dbllm_register(const char *torch_library) {
     void *library;
     const char *lacking = torch_abi_load(torch_library);
     if (lacking != NULL) return lacking;

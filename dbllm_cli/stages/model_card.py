@@ -33,7 +33,13 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         "",
         f"- {sizes['quantized_weights']:,} quantized weights, {bits} bits each when packed",
         f"- {sizes['weight_bytes']:,} bytes of tensors in all",
-        *(["- embeddings and output layer in 8 bits"] if sizes["embeddings"] == "int8" else []),
+        *(
+            [
+                "- embeddings and output layer in 8 bits; figures of an fdb below are from before that"
+            ]
+            if sizes["embeddings"] == "int8"
+            else []
+        ),
         "",
         "## Made by",
         "",

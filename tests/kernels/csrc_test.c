@@ -122,10 +122,10 @@ static float *run(const trial *t, int64_t group, int64_t block) {
     uint8_t *tables = table_memory(words * t->columns * t->kernel->table_bytes);
     float *steps = memory(t->l->groups * t->columns * 4);
     float *y = memory(blocks * t->columns * FDB_BLOCK_ROWS * 4);
-    t->kernel->tables(s, t->x, t->columns, group, t->l->groups, tables, steps);
-    t->kernel->tables(s, t->x, t->columns, 0, group, tables, steps);
-    t->kernel->product(s, t->l->tiles, tables, steps, t->columns, block, blocks, y);
-    t->kernel->product(s, t->l->tiles, tables, steps, t->columns, 0, block, y);
+    fdb_make_tables(t->kernel, s, t->x, t->columns, group, t->l->groups, tables, steps);
+    fdb_make_tables(t->kernel, s, t->x, t->columns, 0, group, tables, steps);
+    fdb_make_product(t->kernel, s, t->l->tiles, tables, steps, t->columns, block, blocks, y);
+    fdb_make_product(t->kernel, s, t->l->tiles, tables, steps, t->columns, 0, block, y);
     free(tables), free(steps);
     return y;
 }

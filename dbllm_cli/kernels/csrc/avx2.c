@@ -34,20 +34,13 @@ INLINE void word_tables(const float *x, __m256 factor, uint8_t *table) {
     for (int quad = 0; quad < 8; quad++) quad_table(q + 4 * quad, table + quad * 32);
 }
 
-TARGET static void make_tables(const fdb_shape *shape, const float *x, int64_t columns,
-                               int64_t first, int64_t last, uint8_t *tables, float *steps) {
-    int64_t all_words = fdb_words_before(shape, fdb_groups(shape));
-    for (int64_t group = first; group < last; group++) {
-        int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
-        for (int64_t column = 0; column < columns; column++) {
-            const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
-            float factor, largest = largest_magnitude(inputs, words);
-            steps[group * columns + column] = fdb_step(largest, LARGEST, &factor);
-            for (int64_t w = 0; w < words; w++)
-                word_tables(inputs + w * FDB_WORD_INPUTS, _mm256_set1_ps(factor),
-                            tables + ((word + w) * columns + column) * WORD_TABLE);
-        }
-    }
+TARGET static float make_table(const float *inputs, int64_t words, int64_t stride,
+                               uint8_t *tables) {
+    float factor, step = fdb_step(largest_magnitude(inputs, words), LARGEST, &factor);
+    for (int64_t word = 0; word < words; word++)
+        word_tables(inputs + word * FDB_WORD_INPUTS, _mm256_set1_ps(factor),
+                    tables + word * stride);
+    return step;
 }
 
 /* -- product ------------------------------------------------------------------------------------ */
@@ -168,27 +161,16 @@ INLINE void two_tiles(const fdb_shape *shape, const uint8_t *tiles, int64_t pair
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(y + 8 * i, sums[i]);
 }
 
-TARGET static void product(const fdb_shape *shape, const uint8_t *tiles, const uint8_t *tables,
-                           const float *steps, int64_t columns, int64_t first, int64_t last,
-                           float *y) {
-    int64_t groups = fdb_groups(shape), stretch = fdb_stretch_groups(shape);
-    memset(y + first * columns * FDB_BLOCK_ROWS, 0,
-           (size_t)((last - first) * columns * FDB_BLOCK_ROWS) * sizeof *y);
-    for (int64_t from = 0; from < groups; from += stretch) {
-        int64_t to = fdb_min(groups, from + stretch);
-        for (int64_t block = first; block < last; block++) {
-            const uint8_t *tile = tiles + fdb_block_offset(shape, from, to, block);
-            int64_t count = fdb_block_tiles(shape, block);
-            for (int64_t c = 0; c < columns; c++)
-                for (int64_t pair = 0; 2 * pair < count; pair++)
-                    two_tiles(shape, tile, pair, count, tables, steps, columns, c, from, to,
-                              y + (block * columns + c) * FDB_BLOCK_ROWS +
-                                  pair * 2 * FDB_TILE_ROWS);
-        }
-    }
+TARGET static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
+                             int64_t to, const uint8_t *tables, const float *steps,
+                             int64_t columns, float *y) {
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t pair = 0; 2 * pair < count; pair++)
+            two_tiles(shape, tiles, pair, count, tables, steps, columns, c, from, to,
+                      y + c * FDB_BLOCK_ROWS + pair * 2 * FDB_TILE_ROWS);
 }
 
-const fdb_kernel fdb_avx2_integer = {"avx2", WORD_TABLE, make_tables, product};
+const fdb_kernel fdb_avx2_integer = {"avx2", WORD_TABLE, make_table, add_block};
 
 static int supported(void) {
     __builtin_cpu_init();

@@ -5,23 +5,16 @@
 
 enum { WORD_TABLE = 512 };
 
-TARGET static void make_tables(const fdb_shape *shape, const float *x, int64_t columns,
-                               int64_t first, int64_t last, uint8_t *tables, float *steps) {
-    int64_t all_words = fdb_words_before(shape, fdb_groups(shape));
-    for (int64_t group = first; group < last; group++) {
-        int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
-        for (int64_t column = 0; column < columns; column++) {
-            const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
-            steps[group * columns + column] = 1.0f + largest_magnitude(inputs, words) * 0.0f;
-            for (int64_t quad = 0; quad < words * 8; quad++, inputs += 4) {
-                float *sums = (float *)(tables + ((word + quad / 8) * columns + column) * WORD_TABLE) +
-                              quad % 8 * 16;
-                sums[0] = 0;
-                for (int i = 0; i < 4; i++)
-                    for (int v = 0; v < 1 << i; v++) sums[v + (1 << i)] = sums[v] + inputs[i];
-            }
-        }
+TARGET static float make_table(const float *inputs, int64_t words, int64_t stride,
+                               uint8_t *tables) {
+    float bad = largest_magnitude(inputs, words) * 0.0f;
+    for (int64_t quad = 0; quad < words * 8; quad++, inputs += 4) {
+        float *sums = (float *)(tables + quad / 8 * stride) + quad % 8 * 16;
+        sums[0] = 0;
+        for (int i = 0; i < 4; i++)
+            for (int v = 0; v < 1 << i; v++) sums[v + (1 << i)] = sums[v] + inputs[i];
     }
+    return 1.0f + bad;
 }
 
 /* One quad of 8 rows, whose nibble is the lowest of each word. */
@@ -70,31 +63,21 @@ INLINE void add_tile(const uint8_t *tile, int64_t words, const uint8_t *tables, 
     }
 }
 
-TARGET static void product(const fdb_shape *shape, const uint8_t *tiles, const uint8_t *tables,
-                           const float *steps, int64_t columns, int64_t first, int64_t last,
-                           float *y) {
-    int64_t groups = fdb_groups(shape), stretch = fdb_stretch_groups(shape);
-    memset(y + first * columns * FDB_BLOCK_ROWS, 0,
-           (size_t)((last - first) * columns * FDB_BLOCK_ROWS) * sizeof *y);
-    for (int64_t from = 0; from < groups; from += stretch) {
-        int64_t to = fdb_min(groups, from + stretch);
-        for (int64_t block = first; block < last; block++) {
-            const uint8_t *tile = tiles + fdb_block_offset(shape, from, to, block);
-            for (int64_t group = from; group < to; group++) {
-                int64_t words = fdb_group_words(shape, group);
-                const uint8_t *own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
-                for (int64_t i = 0; i < fdb_block_tiles(shape, block); i++) {
-                    for (int64_t c = 0; c < columns; c++)
-                        add_tile(tile, words, own + c * WORD_TABLE, columns * WORD_TABLE,
-                                 steps[group * columns + c],
-                                 y + (block * columns + c) * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
-                    tile += fdb_tile_bytes(shape, group, group + 1);
-                }
-            }
+TARGET static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
+                             int64_t to, const uint8_t *tables, const float *steps,
+                             int64_t columns, float *y) {
+    for (int64_t group = from; group < to; group++) {
+        int64_t words = fdb_group_words(shape, group);
+        const uint8_t *own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t c = 0; c < columns; c++)
+                add_tile(tiles, words, own + c * WORD_TABLE, columns * WORD_TABLE,
+                         steps[group * columns + c], y + c * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
+            tiles += fdb_tile_bytes(shape, group, group + 1);
         }
     }
 }
 
-const fdb_kernel fdb_avx2_exact = {"avx2-exact", WORD_TABLE, make_tables, product};
+const fdb_kernel fdb_avx2_exact = {"avx2-exact", WORD_TABLE, make_table, add_block};
 
 #endif

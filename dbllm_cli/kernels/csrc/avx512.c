@@ -36,20 +36,13 @@ INLINE void word_tables(const float *x, __m512 factor, uint8_t *table) {
     }
 }
 
-TARGET static void integer_tables(const fdb_shape *shape, const float *x, int64_t columns,
-                                  int64_t first, int64_t last, uint8_t *tables, float *steps) {
-    int64_t all_words = fdb_words_before(shape, fdb_groups(shape));
-    for (int64_t group = first; group < last; group++) {
-        int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
-        for (int64_t column = 0; column < columns; column++) {
-            const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
-            float factor, largest = largest_magnitude(inputs, words);
-            steps[group * columns + column] = fdb_step(largest, LARGEST, &factor);
-            for (int64_t w = 0; w < words; w++)
-                word_tables(inputs + w * FDB_WORD_INPUTS, _mm512_set1_ps(factor),
-                            tables + ((word + w) * columns + column) * WORD_TABLE);
-        }
-    }
+TARGET static float make_table(const float *inputs, int64_t words, int64_t stride,
+                               uint8_t *tables) {
+    float factor, step = fdb_step(largest_magnitude(inputs, words), LARGEST, &factor);
+    for (int64_t word = 0; word < words; word++)
+        word_tables(inputs + word * FDB_WORD_INPUTS, _mm512_set1_ps(factor),
+                    tables + word * stride);
+    return step;
 }
 
 /* -- integer product --------------------------------------------------------------------------- */
@@ -131,8 +124,7 @@ INLINE void block_one_column(const fdb_shape *shape, const uint8_t *tile, const 
                              const float *steps, int64_t from, int64_t to, int count, float *y) {
     __m512 sums[FDB_BLOCK_TILES] = {{0}};
 #pragma GCC unroll 4
-    for (int i = 0; i < count; i++)
-        sums[i] = from ? _mm512_loadu_ps(y + i * FDB_TILE_ROWS) : _mm512_setzero_ps();
+    for (int i = 0; i < count; i++) sums[i] = _mm512_loadu_ps(y + i * FDB_TILE_ROWS);
     for (int64_t group = from; group < to; group++)
         tile = add_group(tile, fdb_group_words(shape, group),
                          tables + fdb_words_before(shape, group) * WORD_TABLE, steps[group], count,
@@ -176,7 +168,6 @@ INLINE void tile_columns(const uint8_t *tile, int64_t words, const uint8_t *tabl
 INLINE void block_columns(const fdb_shape *shape, const uint8_t *tile, const uint8_t *tables,
                           const float *steps, int64_t columns, int64_t from, int64_t to,
                           int64_t count, float *y) {
-    if (from == 0) memset(y, 0, (size_t)(columns * FDB_BLOCK_ROWS) * sizeof *y);
     for (int64_t group = from; group < to; group++) {
         int64_t words = fdb_group_words(shape, group);
         for (int64_t i = 0; i < count; i++) {
@@ -187,27 +178,18 @@ INLINE void block_columns(const fdb_shape *shape, const uint8_t *tile, const uin
     }
 }
 
-TARGET static void integer_product(const fdb_shape *shape, const uint8_t *tiles,
-                                   const uint8_t *tables, const float *steps, int64_t columns,
-                                   int64_t first, int64_t last, float *y) {
-    int64_t groups = fdb_groups(shape), stretch = fdb_stretch_groups(shape);
-    for (int64_t from = 0; from < groups; from += stretch) {
-        int64_t to = fdb_min(groups, from + stretch);
-        for (int64_t block = first; block < last; block++) {
-            const uint8_t *tile = tiles + fdb_block_offset(shape, from, to, block);
-            int64_t count = fdb_block_tiles(shape, block);
-            float *out = y + block * columns * FDB_BLOCK_ROWS;
-            if (columns > 1)
-                block_columns(shape, tile, tables, steps, columns, from, to, count, out);
-            else if (count == FDB_BLOCK_TILES)
-                block_one_column(shape, tile, tables, steps, from, to, FDB_BLOCK_TILES, out);
-            else
-                block_one_column(shape, tile, tables, steps, from, to, (int)count, out);
-        }
-    }
+TARGET static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
+                             int64_t to, const uint8_t *tables, const float *steps,
+                             int64_t columns, float *y) {
+    if (columns > 1)
+        block_columns(shape, tiles, tables, steps, columns, from, to, count, y);
+    else if (count == FDB_BLOCK_TILES)
+        block_one_column(shape, tiles, tables, steps, from, to, FDB_BLOCK_TILES, y);
+    else
+        block_one_column(shape, tiles, tables, steps, from, to, (int)count, y);
 }
 
-const fdb_kernel fdb_avx512_integer = {"avx512", WORD_TABLE, integer_tables, integer_product};
+const fdb_kernel fdb_avx512_integer = {"avx512", WORD_TABLE, make_table, add_block};
 
 static int supported(void) {
     __builtin_cpu_init();

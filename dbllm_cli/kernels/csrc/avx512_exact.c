@@ -5,26 +5,17 @@
 
 enum { WORD_TABLE = 512 };
 
-TARGET static void exact_tables(const fdb_shape *shape, const float *x, int64_t columns,
-                                int64_t first, int64_t last, uint8_t *tables, float *steps) {
-    int64_t all_words = fdb_words_before(shape, fdb_groups(shape));
-    for (int64_t group = first; group < last; group++) {
-        int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
-        for (int64_t column = 0; column < columns; column++) {
-            const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
-            float bad = largest_magnitude(inputs, words) * 0.0f;
-            steps[group * columns + column] = 1.0f + bad;
-            for (int64_t quad = 0; quad < words * 8; quad++, inputs += 4) {
-                __m512 sums = _mm512_maskz_mov_ps(0xAAAA, _mm512_set1_ps(inputs[0]));
-                sums = _mm512_mask_add_ps(sums, 0xCCCC, sums, _mm512_set1_ps(inputs[1]));
-                sums = _mm512_mask_add_ps(sums, 0xF0F0, sums, _mm512_set1_ps(inputs[2]));
-                sums = _mm512_mask_add_ps(sums, 0xFF00, sums, _mm512_set1_ps(inputs[3]));
-                uint8_t *table =
-                    tables + ((word + quad / 8) * columns + column) * WORD_TABLE;
-                _mm512_storeu_ps((float *)table + quad % 8 * 16, sums);
-            }
-        }
+TARGET static float make_table(const float *inputs, int64_t words, int64_t stride,
+                               uint8_t *tables) {
+    float bad = largest_magnitude(inputs, words) * 0.0f;
+    for (int64_t quad = 0; quad < words * 8; quad++, inputs += 4) {
+        __m512 sums = _mm512_maskz_mov_ps(0xAAAA, _mm512_set1_ps(inputs[0]));
+        sums = _mm512_mask_add_ps(sums, 0xCCCC, sums, _mm512_set1_ps(inputs[1]));
+        sums = _mm512_mask_add_ps(sums, 0xF0F0, sums, _mm512_set1_ps(inputs[2]));
+        sums = _mm512_mask_add_ps(sums, 0xFF00, sums, _mm512_set1_ps(inputs[3]));
+        _mm512_storeu_ps((float *)(tables + quad / 8 * stride) + quad % 8 * 16, sums);
     }
+    return 1.0f + bad;
 }
 
 /* Adds one word of `count` tiles; sums holds those of b1 and then of b2. */
@@ -70,35 +61,23 @@ INLINE void add_exact_group(const uint8_t *tile, int64_t words, const uint8_t *t
     }
 }
 
-TARGET static void exact_product(const fdb_shape *shape, const uint8_t *tiles,
-                                 const uint8_t *tables, const float *steps, int64_t columns,
-                                 int64_t first, int64_t last, float *y) {
-    int64_t groups = fdb_groups(shape), stretch = fdb_stretch_groups(shape);
-    memset(y + first * columns * FDB_BLOCK_ROWS, 0,
-           (size_t)((last - first) * columns * FDB_BLOCK_ROWS) * sizeof *y);
-    for (int64_t from = 0; from < groups; from += stretch) {
-        int64_t to = fdb_min(groups, from + stretch);
-        for (int64_t block = first; block < last; block++) {
-            const uint8_t *tile = tiles + fdb_block_offset(shape, from, to, block);
-            int count = (int)fdb_block_tiles(shape, block);
-            for (int64_t group = from; group < to; group++) {
-                int64_t words = fdb_group_words(shape, group);
-                const uint8_t *table = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
-                for (int64_t c = 0; c < columns; c++) {
-                    float *out = y + (block * columns + c) * FDB_BLOCK_ROWS;
-                    float step = steps[group * columns + c];
-                    const uint8_t *own = table + c * WORD_TABLE;
-                    if (count == FDB_BLOCK_TILES)
-                        add_exact_group(tile, words, own, columns, step, FDB_BLOCK_TILES, out);
-                    else
-                        add_exact_group(tile, words, own, columns, step, count, out);
-                }
-                tile += count * fdb_tile_bytes(shape, group, group + 1);
-            }
+TARGET static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
+                             int64_t to, const uint8_t *tables, const float *steps,
+                             int64_t columns, float *y) {
+    for (int64_t group = from; group < to; group++) {
+        int64_t words = fdb_group_words(shape, group);
+        const uint8_t *table = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
+        for (int64_t c = 0; c < columns; c++, table += WORD_TABLE) {
+            float *out = y + c * FDB_BLOCK_ROWS, step = steps[group * columns + c];
+            if (count == FDB_BLOCK_TILES)
+                add_exact_group(tiles, words, table, columns, step, FDB_BLOCK_TILES, out);
+            else
+                add_exact_group(tiles, words, table, columns, step, (int)count, out);
         }
+        tiles += count * fdb_tile_bytes(shape, group, group + 1);
     }
 }
 
-const fdb_kernel fdb_avx512_exact = {"avx512-exact", WORD_TABLE, exact_tables, exact_product};
+const fdb_kernel fdb_avx512_exact = {"avx512-exact", WORD_TABLE, make_table, add_block};
 
 #endif

@@ -87,23 +87,32 @@ static inline float fdb_step(float largest, int top, float *factor) {
  *
  * `table_bytes`: of one word of 32 inputs of one column.
  *
- * `tables`: from x [columns][words * 32] (zero beyond in_features), for the groups `first` up to
- *   `last`: tables [word][column][table_bytes], aligned to 64 bytes, and steps [group][column].
- *   An entry of a table times the step is a sum of activations. A group with an input that is not
- *   finite gets the step NaN, so that the product is NaN too. The caller lifts columns of tiny
- *   inputs: groups below FDB_SMALLEST count as zero.
+ * `table`: from the inputs of one group and column (words * 32, zero beyond in_features) their
+ *   tables, `stride` bytes from word to word, aligned to 64 bytes; returns the step. An entry of a
+ *   table times the step is a sum of activations. A group with an input that is not finite gets
+ *   the step NaN, so that the product is NaN too. The caller lifts columns of tiny inputs: groups
+ *   below FDB_SMALLEST count as zero.
  *
- * `product`: from tiles, tables and steps to y [block][column][FDB_BLOCK_ROWS], for the blocks
- *   `first` up to `last`. The same bytes for any division into ranges.
+ * `block`: adds the groups `from` up to `to` (one stretch) of a block of `count` tiles to
+ *   y [column][FDB_BLOCK_ROWS]; tables [word][column], steps [group][column].
  */
 typedef struct {
     const char *name;
     int64_t table_bytes;
-    void (*tables)(const fdb_shape *shape, const float *x, int64_t columns, int64_t first,
-                   int64_t last, uint8_t *tables, float *steps);
-    void (*product)(const fdb_shape *shape, const uint8_t *tiles, const uint8_t *tables,
-                    const float *steps, int64_t columns, int64_t first, int64_t last, float *y);
+    float (*table)(const float *inputs, int64_t words, int64_t stride, uint8_t *tables);
+    void (*block)(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
+                  int64_t to, const uint8_t *tables, const float *steps, int64_t columns, float *y);
 } fdb_kernel;
+
+/* Tables and steps of x [columns][words * 32] for the groups `first` up to `last`. */
+void fdb_make_tables(const fdb_kernel *kernel, const fdb_shape *shape, const float *x,
+                     int64_t columns, int64_t first, int64_t last, uint8_t *tables, float *steps);
+
+/* y [block][column][FDB_BLOCK_ROWS] for the blocks `first` up to `last`; the same bytes for any
+ * division into ranges. */
+void fdb_make_product(const fdb_kernel *kernel, const fdb_shape *shape, const uint8_t *tiles,
+                      const uint8_t *tables, const float *steps, int64_t columns, int64_t first,
+                      int64_t last, float *y);
 
 /* Integer kernels round the activations of a group to 12 or 13 bits; exact ones add in float32. */
 typedef struct {

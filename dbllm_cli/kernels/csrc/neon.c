@@ -41,20 +41,11 @@ static void word_tables(const float *x, float factor, uint8_t *table) {
     }
 }
 
-static void make_tables(const fdb_shape *shape, const float *x, int64_t columns, int64_t first,
-                        int64_t last, uint8_t *tables, float *steps) {
-    int64_t all_words = fdb_words_before(shape, fdb_groups(shape));
-    for (int64_t group = first; group < last; group++) {
-        int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
-        for (int64_t column = 0; column < columns; column++) {
-            const float *inputs = x + (column * all_words + word) * FDB_WORD_INPUTS;
-            float factor, largest = largest_magnitude(inputs, words);
-            steps[group * columns + column] = fdb_step(largest, LARGEST, &factor);
-            for (int64_t w = 0; w < words; w++)
-                word_tables(inputs + w * FDB_WORD_INPUTS, factor,
-                            tables + ((word + w) * columns + column) * WORD_TABLE);
-        }
-    }
+static float make_table(const float *inputs, int64_t words, int64_t stride, uint8_t *tables) {
+    float factor, step = fdb_step(largest_magnitude(inputs, words), LARGEST, &factor);
+    for (int64_t word = 0; word < words; word++)
+        word_tables(inputs + word * FDB_WORD_INPUTS, factor, tables + word * stride);
+    return step;
 }
 
 /* -- product ------------------------------------------------------------------------------------ */
@@ -109,32 +100,23 @@ static void add_tile(const uint8_t *tile, int64_t words, const uint8_t *tables, 
     }
 }
 
-static void product(const fdb_shape *shape, const uint8_t *tiles, const uint8_t *tables,
-                    const float *steps, int64_t columns, int64_t first, int64_t last, float *y) {
-    int64_t groups = fdb_groups(shape), stretch = fdb_stretch_groups(shape);
-    memset(y + first * columns * FDB_BLOCK_ROWS, 0,
-           (size_t)((last - first) * columns * FDB_BLOCK_ROWS) * sizeof *y);
-    for (int64_t from = 0; from < groups; from += stretch) {
-        int64_t to = fdb_min(groups, from + stretch);
-        for (int64_t block = first; block < last; block++) {
-            const uint8_t *tile = tiles + fdb_block_offset(shape, from, to, block);
-            for (int64_t group = from; group < to; group++) {
-                int64_t words = fdb_group_words(shape, group);
-                const uint8_t *own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
-                for (int64_t i = 0; i < fdb_block_tiles(shape, block); i++) {
-                    for (int64_t c = 0; c < columns; c++)
-                        add_tile(tile, words, own + c * WORD_TABLE, columns * WORD_TABLE,
-                                 steps[group * columns + c],
-                                 y + (block * columns + c) * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
-                    tile += fdb_tile_bytes(shape, group, group + 1);
-                }
-            }
+static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
+                      int64_t to, const uint8_t *tables, const float *steps,
+                      int64_t columns, float *y) {
+    for (int64_t group = from; group < to; group++) {
+        int64_t words = fdb_group_words(shape, group);
+        const uint8_t *own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t c = 0; c < columns; c++)
+                add_tile(tiles, words, own + c * WORD_TABLE, columns * WORD_TABLE,
+                         steps[group * columns + c], y + c * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
+            tiles += fdb_tile_bytes(shape, group, group + 1);
         }
     }
 }
 
 static int supported(void) { return 1; }
-static const fdb_kernel integer = {"neon", WORD_TABLE, make_tables, product};
+static const fdb_kernel integer = {"neon", WORD_TABLE, make_table, add_block};
 const fdb_instruction_set fdb_neon = {"neon", &integer, &fdb_portable_exact, supported};
 
 #else

@@ -4,33 +4,25 @@
 #include "fdb.h"
 #include "floats.h"
 
-enum { BYTE_SUMS = 256, WORD_BYTES = FDB_WORD_INPUTS / 8 };
+enum {
+    BYTE_SUMS = 256,
+    WORD_BYTES = FDB_WORD_INPUTS / 8,
+    WORD_TABLE = WORD_BYTES * BYTE_SUMS * sizeof(float),
+};
 
-static void make_tables(const fdb_shape *shape, const float *x, int64_t columns, int64_t first,
-                        int64_t last, uint8_t *tables, float *steps) {
-    int64_t words = fdb_words_before(shape, fdb_groups(shape));
-    for (int64_t word = fdb_words_before(shape, first); word < fdb_words_before(shape, last);
-         word++) {
-        for (int64_t column = 0; column < columns; column++) {
-            const float *inputs = x + (column * words + word) * FDB_WORD_INPUTS;
-            float *sums = (float *)tables + (word * columns + column) * WORD_BYTES * BYTE_SUMS;
-            for (int byte = 0; byte < WORD_BYTES; byte++, inputs += 8, sums += BYTE_SUMS) {
-                sums[0] = 0;
-                for (int i = 0; i < 8; i++)
-                    for (int v = 0; v < 1 << i; v++) sums[v + (1 << i)] = sums[v] + inputs[i];
+static float make_table(const float *inputs, int64_t words, int64_t stride, uint8_t *tables) {
+    float probe = 0;
+    for (int64_t word = 0; word < words; word++, tables += stride) {
+        float *sums = (float *)tables;
+        for (int byte = 0; byte < WORD_BYTES; byte++, inputs += 8, sums += BYTE_SUMS) {
+            sums[0] = 0;
+            for (int i = 0; i < 8; i++) {
+                for (int v = 0; v < 1 << i; v++) sums[v + (1 << i)] = sums[v] + inputs[i];
+                probe += inputs[i] * 0.0f; /* a plane may leave the sums out */
             }
         }
     }
-    /* A sum of an input that is not finite is not finite either, but a plane may leave it out. */
-    for (int64_t group = first; group < last; group++) {
-        for (int64_t column = 0; column < columns; column++) {
-            float probe = 0;
-            for (int64_t i = fdb_words_before(shape, group) * FDB_WORD_INPUTS;
-                 i < fdb_words_before(shape, group + 1) * FDB_WORD_INPUTS; i++)
-                probe += x[column * words * FDB_WORD_INPUTS + i] * 0.0f;
-            steps[group * columns + column] = 1.0f + probe;
-        }
-    }
+    return 1.0f + probe;
 }
 
 static float word_sum(const float *sums, const uint8_t *plane, int64_t row) {
@@ -41,21 +33,18 @@ static float word_sum(const float *sums, const uint8_t *plane, int64_t row) {
     return low + high;
 }
 
-/* Adds one tile's part to y[row] for one column; `word` is the group's first. */
-static void add_tile(const fdb_shape *shape, const uint8_t *tile, const uint8_t *tables, float step,
-                     int64_t columns, int64_t column, int64_t group, float *y) {
-    int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
+/* One tile of one group for one column, whose tables lie `stride` bytes apart. */
+static void add_tile(const uint8_t *tile, int64_t words, const uint8_t *tables, int64_t stride,
+                     float step, float *y) {
     const uint8_t *scales = tile + words * 2 * FDB_PLANE_BYTES;
     for (int64_t row = 0; row < FDB_TILE_ROWS; row++) {
         float sum1 = 0, sum2 = 0;
-        const uint8_t *piece = tile;
-        for (int64_t w = 0; w < words; w++) {
-            int64_t pair = fdb_min(2, words - (w & ~(int64_t)1)); /* words of this piece */
-            const float *sums =
-                (const float *)tables + ((word + w) * columns + column) * WORD_BYTES * BYTE_SUMS;
-            sum1 += word_sum(sums, piece + (w & 1) * FDB_PLANE_BYTES, row);
-            sum2 += word_sum(sums, piece + (pair + (w & 1)) * FDB_PLANE_BYTES, row);
-            if (w & 1) piece += 4 * FDB_PLANE_BYTES;
+        for (int64_t word = 0; word < words; word++) {
+            int64_t even = word & ~(int64_t)1, pair = fdb_min(2, words - even);
+            const uint8_t *plane = tile + (even * 2 + (word & 1)) * FDB_PLANE_BYTES;
+            const float *sums = (const float *)(tables + word * stride);
+            sum1 += word_sum(sums, plane, row);
+            sum2 += word_sum(sums, plane + pair * FDB_PLANE_BYTES, row);
         }
         uint16_t alpha1, alpha2;
         memcpy(&alpha1, scales + row * 2, 2);
@@ -64,29 +53,23 @@ static void add_tile(const fdb_shape *shape, const uint8_t *tile, const uint8_t 
     }
 }
 
-static void product(const fdb_shape *shape, const uint8_t *tiles, const uint8_t *tables,
-                    const float *steps, int64_t columns, int64_t first, int64_t last, float *y) {
-    int64_t groups = fdb_groups(shape), stretch = fdb_stretch_groups(shape);
-    memset(y + first * columns * FDB_BLOCK_ROWS, 0,
-           (size_t)((last - first) * columns * FDB_BLOCK_ROWS) * sizeof *y);
-    for (int64_t from = 0; from < groups; from += stretch) {
-        int64_t to = fdb_min(groups, from + stretch);
-        for (int64_t block = first; block < last; block++) {
-            const uint8_t *tile = tiles + fdb_block_offset(shape, from, to, block);
-            for (int64_t group = from; group < to; group++)
-                for (int64_t t = 0; t < fdb_block_tiles(shape, block); t++) {
-                    for (int64_t c = 0; c < columns; c++)
-                        add_tile(shape, tile, tables, steps[group * columns + c], columns, c, group,
-                                 y + (block * columns + c) * FDB_BLOCK_ROWS + t * FDB_TILE_ROWS);
-                    tile += fdb_tile_bytes(shape, group, group + 1);
-                }
+static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
+                      int64_t to, const uint8_t *tables, const float *steps,
+                      int64_t columns, float *y) {
+    for (int64_t group = from; group < to; group++) {
+        int64_t words = fdb_group_words(shape, group);
+        const uint8_t *own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t c = 0; c < columns; c++)
+                add_tile(tiles, words, own + c * WORD_TABLE, columns * WORD_TABLE,
+                         steps[group * columns + c], y + c * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
+            tiles += fdb_tile_bytes(shape, group, group + 1);
         }
     }
 }
 
 static int always(void) { return 1; }
 
-const fdb_kernel fdb_portable_exact = {"portable", WORD_BYTES * BYTE_SUMS * sizeof(float),
-                                       make_tables, product};
+const fdb_kernel fdb_portable_exact = {"portable", WORD_TABLE, make_table, add_block};
 const fdb_instruction_set fdb_portable = {"portable", &fdb_portable_exact, &fdb_portable_exact,
                                           always};

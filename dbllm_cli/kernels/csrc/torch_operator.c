@@ -15,12 +15,13 @@ typedef struct {
 
 static void make_tables(int64_t first, int64_t last, void *context) {
     const call *c = context;
-    c->kernel->tables(&c->shape, c->x, c->columns, first, last, c->tables, c->steps);
+    fdb_make_tables(c->kernel, &c->shape, c->x, c->columns, first, last, c->tables, c->steps);
 }
 
 static void make_product(int64_t first, int64_t last, void *context) {
     const call *c = context;
-    c->kernel->product(&c->shape, c->tiles, c->tables, c->steps, c->columns, first, last, c->y);
+    fdb_make_product(c->kernel, &c->shape, c->tiles, c->tables, c->steps, c->columns, first, last,
+                     c->y);
 }
 
 static size_t rounded(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }

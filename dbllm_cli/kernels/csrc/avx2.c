@@ -13,29 +13,29 @@ enum { WORD_TABLE = 256, LARGEST = 2047, BIAS = 8192 };
 /* -- tables ---------------------------------------------------------------------------------- */
 
 /* The 16 biased sums of 4 integers: low 7 bits, then high 7 bits, 16 bytes each. */
-INLINE void quad_table(const int32_t *q, uint8_t *table) {
+INLINE void quad_table(const int32_t* q, uint8_t* table) {
     __m256i sums = _mm256_set1_epi16(BIAS);
     for (int i = 0; i < 4; i++) {
         int16_t lanes[16];
         for (int v = 0; v < 16; v++) lanes[v] = (int16_t)(v >> i & 1 ? q[i] : 0);
-        sums = _mm256_add_epi16(sums, _mm256_loadu_si256((const __m256i *)lanes));
+        sums = _mm256_add_epi16(sums, _mm256_loadu_si256((const __m256i*)lanes));
     }
     __m256i low = _mm256_and_si256(sums, _mm256_set1_epi16(127));
     __m256i both = _mm256_packus_epi16(low, _mm256_srli_epi16(sums, 7));
-    _mm256_storeu_si256((__m256i *)table, _mm256_permute4x64_epi64(both, 0xD8));
+    _mm256_storeu_si256((__m256i*)table, _mm256_permute4x64_epi64(both, 0xD8));
 }
 
-INLINE void word_tables(const float *x, __m256 factor, uint8_t *table) {
+INLINE void word_tables(const float* x, __m256 factor, uint8_t* table) {
     int32_t q[FDB_WORD_INPUTS];
     for (int i = 0; i < FDB_WORD_INPUTS; i += 8) {
         __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), factor);
-        _mm256_storeu_si256((__m256i *)(q + i), _mm256_cvtps_epi32(scaled));
+        _mm256_storeu_si256((__m256i*)(q + i), _mm256_cvtps_epi32(scaled));
     }
     for (int quad = 0; quad < 8; quad++) quad_table(q + 4 * quad, table + quad * 32);
 }
 
-TARGET static float make_table(const float *inputs, int64_t words, int64_t stride,
-                               uint8_t *tables) {
+TARGET static float make_table(const float* inputs, int64_t words, int64_t stride,
+                               uint8_t* tables) {
     float factor, step = fdb_step(largest_magnitude(inputs, words), LARGEST, &factor);
     for (int64_t word = 0; word < words; word++)
         word_tables(inputs + word * FDB_WORD_INPUTS, _mm256_set1_ps(factor),
@@ -43,24 +43,25 @@ TARGET static float make_table(const float *inputs, int64_t words, int64_t strid
     return step;
 }
 
-/* -- product ------------------------------------------------------------------------------------ */
+/* -- product ------------------------------------------------------------------------------------
+ */
 
 /* Sums in 16 bits: of every byte taken as pairs, and of the odd bytes; 7 low bits, 7 high bits. */
 typedef struct {
     __m256i low, low_odd, high, high_odd;
 } pair_sums;
 
-INLINE void add_bytes(__m256i bytes, __m256i *all, __m256i *odd) {
+INLINE void add_bytes(__m256i bytes, __m256i* all, __m256i* odd) {
     *all = _mm256_add_epi16(*all, bytes);
     *odd = _mm256_add_epi16(*odd, _mm256_srli_epi16(bytes, 8));
 }
 
-INLINE __m256i quad_entries(const uint8_t *table) {
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+INLINE __m256i quad_entries(const uint8_t* table) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
 }
 
 /* One byte of 32 rows: two quads. */
-INLINE void add_two_quads(__m256i bytes, const uint8_t *table, pair_sums *sums) {
+INLINE void add_two_quads(__m256i bytes, const uint8_t* table, pair_sums* sums) {
     const __m256i nibble = _mm256_set1_epi8(15);
     __m256i even = _mm256_and_si256(bytes, nibble);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
@@ -72,17 +73,17 @@ INLINE void add_two_quads(__m256i bytes, const uint8_t *table, pair_sums *sums) 
     add_bytes(high, &sums->high, &sums->high_odd);
 }
 
-INLINE __m256i load_rows(const uint8_t *plane, int half) {
+INLINE __m256i load_rows(const uint8_t* plane, int half) {
     /* Byte j of 4 rows becomes dword j of each half of the register. */
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    __m256i rows = _mm256_loadu_si256((const __m256i *)(plane + half * 32));
+    __m256i rows = _mm256_loadu_si256((const __m256i*)(plane + half * 32));
     return _mm256_shuffle_epi8(rows, order);
 }
 
 /* One word of one plane of two tiles. */
-INLINE void add_word(const uint8_t *tile, const uint8_t *next, const uint8_t *table,
-                     pair_sums *sums) {
+INLINE void add_word(const uint8_t* tile, const uint8_t* next, const uint8_t* table,
+                     pair_sums* sums) {
     __m256i a = load_rows(tile, 0), b = load_rows(tile, 1);
     __m256i c = load_rows(next, 0), d = load_rows(next, 1);
     __m256i ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
@@ -101,7 +102,7 @@ INLINE __m256 joined(__m256i low, __m256i high, int second) {
 }
 
 /* The sums of both tiles, 16 rows each, in order. */
-INLINE void finish(const pair_sums *sums, int quads, __m256 *rows) {
+INLINE void finish(const pair_sums* sums, int quads, __m256* rows) {
     __m256i bias = _mm256_set1_epi16((int16_t)(quads * (BIAS >> 7)));
     __m256i low = _mm256_sub_epi16(sums->low, _mm256_slli_epi16(sums->low_odd, 8));
     __m256i high = _mm256_sub_epi16(sums->high, _mm256_slli_epi16(sums->high_odd, 8));
@@ -115,9 +116,9 @@ INLINE void finish(const pair_sums *sums, int quads, __m256 *rows) {
 }
 
 /* One piece (1 or 2 words) of a group for two tiles; `scales` is where a tile's scales begin. */
-INLINE void add_piece(const uint8_t *tile, const uint8_t *next, int64_t at, int64_t scales,
-                      int words, const uint8_t *table, int64_t table_stride, float step,
-                      __m256 *y) {
+INLINE void add_piece(const uint8_t* tile, const uint8_t* next, int64_t at, int64_t scales,
+                      int words, const uint8_t* table, int64_t table_stride, float step,
+                      __m256* y) {
     __m256 rows[2][4];
     for (int plane = 0; plane < 2; plane++) {
         pair_sums sums = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
@@ -129,7 +130,7 @@ INLINE void add_piece(const uint8_t *tile, const uint8_t *next, int64_t at, int6
         finish(&sums, words * 8, rows[plane]);
     }
     for (int i = 0; i < 4; i++) {
-        const uint8_t *halves = (i < 2 ? tile : next) + scales + (i & 1) * 16;
+        const uint8_t* halves = (i < 2 ? tile : next) + scales + (i & 1) * 16;
         __m256 part = _mm256_mul_ps(load_scales(halves + FDB_SCALE_BYTES / 2), rows[1][i]);
         part = _mm256_fmadd_ps(load_scales(halves), rows[0][i], part);
         y[i] = _mm256_fmadd_ps(_mm256_set1_ps(step), part, y[i]);
@@ -137,9 +138,9 @@ INLINE void add_piece(const uint8_t *tile, const uint8_t *next, int64_t at, int6
 }
 
 /* All groups of a stretch for two tiles (or one twice) of a block, one column. */
-INLINE void two_tiles(const fdb_shape *shape, const uint8_t *tiles, int64_t pair, int64_t count,
-                      const uint8_t *tables, const float *steps, int64_t columns, int64_t column,
-                      int64_t from, int64_t to, float *y) {
+INLINE void two_tiles(const fdb_shape* shape, const uint8_t* tiles, int64_t pair, int64_t count,
+                      const uint8_t* tables, const float* steps, int64_t columns, int64_t column,
+                      int64_t from, int64_t to, float* y) {
     int lone = 2 * pair + 1 == count;
     __m256 sums[4];
     for (int i = 0; i < 4; i++) sums[i] = _mm256_loadu_ps(y + 8 * i);
@@ -149,7 +150,7 @@ INLINE void two_tiles(const fdb_shape *shape, const uint8_t *tiles, int64_t pair
         const uint8_t *tile = tiles + 2 * pair * bytes, *next = lone ? tile : tile + bytes;
         float step = steps[group * columns + column];
         for (int64_t w = 0; w < words; w += 2) {
-            const uint8_t *table = tables + ((word + w) * columns + column) * WORD_TABLE;
+            const uint8_t* table = tables + ((word + w) * columns + column) * WORD_TABLE;
             int64_t at = w * 2 * FDB_PLANE_BYTES, stride = columns * WORD_TABLE;
             if (words - w >= 2)
                 add_piece(tile, next, at, scales, 2, table, stride, step, sums);
@@ -161,9 +162,9 @@ INLINE void two_tiles(const fdb_shape *shape, const uint8_t *tiles, int64_t pair
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(y + 8 * i, sums[i]);
 }
 
-TARGET static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
-                             int64_t to, const uint8_t *tables, const float *steps,
-                             int64_t columns, float *y) {
+TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64_t count,
+                             int64_t from, int64_t to, const uint8_t* tables, const float* steps,
+                             int64_t columns, float* y) {
     for (int64_t c = 0; c < columns; c++)
         for (int64_t pair = 0; 2 * pair < count; pair++)
             two_tiles(shape, tiles, pair, count, tables, steps, columns, c, from, to,
@@ -178,9 +179,10 @@ static int supported(void) {
            __builtin_cpu_supports("f16c");
 }
 
-const fdb_instruction_set fdb_avx2 = {"avx2", &fdb_avx2_integer, &fdb_avx2_exact, supported};
+const fdb_instruction_set fdb_avx2 = {"avx2", &fdb_avx2_integer, &fdb_avx2_exact, int8_sums_avx2,
+                                      supported};
 
 #else
 static int supported(void) { return 0; }
-const fdb_instruction_set fdb_avx2 = {"avx2", 0, 0, supported};
+const fdb_instruction_set fdb_avx2 = {"avx2", 0, 0, 0, supported};
 #endif

@@ -13,7 +13,7 @@
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
 /* Largest magnitude of `words` words, NaN if any input is not finite. */
-INLINE float largest_magnitude(const float *x, int64_t words) {
+INLINE float largest_magnitude(const float* x, int64_t words) {
     const __m256 sign = _mm256_set1_ps(-0.0f), infinity = _mm256_set1_ps(INFINITY);
     __m256 largest = _mm256_setzero_ps(), bad = _mm256_setzero_ps();
     float lanes[8], result = 0;
@@ -29,8 +29,8 @@ INLINE float largest_magnitude(const float *x, int64_t words) {
 }
 
 /* Scales of 8 rows. */
-INLINE __m256 load_scales(const uint8_t *halves) {
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)halves));
+INLINE __m256 load_scales(const uint8_t* halves) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)halves));
 }
 
 #endif

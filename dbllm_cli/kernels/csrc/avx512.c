@@ -13,7 +13,7 @@ enum { WORD_TABLE = 256, PREFETCH = 2560, LARGEST = 4095 };
 /* -- tables ---------------------------------------------------------------------------------- */
 
 /* Sums of 4 integers: entry v adds those whose bit is set in v. */
-INLINE __m256i quad_sums(const int32_t *q) {
+INLINE __m256i quad_sums(const int32_t* q) {
     __m256i sums = _mm256_maskz_set1_epi16(0xAAAA, (short)q[0]);
     sums = _mm256_add_epi16(sums, _mm256_maskz_set1_epi16(0xCCCC, (short)q[1]));
     sums = _mm256_add_epi16(sums, _mm256_maskz_set1_epi16(0xF0F0, (short)q[2]));
@@ -21,7 +21,7 @@ INLINE __m256i quad_sums(const int32_t *q) {
 }
 
 /* Tables of one word: quads 0 2 4 6 low, the same high, quads 1 3 5 7 low, high; 64 bytes each. */
-INLINE void word_tables(const float *x, __m512 factor, uint8_t *table) {
+INLINE void word_tables(const float* x, __m512 factor, uint8_t* table) {
     int32_t q[FDB_WORD_INPUTS] __attribute__((aligned(64)));
     for (int i = 0; i < FDB_WORD_INPUTS; i += 16) {
         __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), factor);
@@ -29,15 +29,15 @@ INLINE void word_tables(const float *x, __m512 factor, uint8_t *table) {
     }
     for (int quad = 0; quad < 8; quad++) {
         __m256i sums = quad_sums(q + 4 * quad);
-        uint8_t *to = table + (quad & 1) * 128 + (quad >> 1) * 16;
+        uint8_t* to = table + (quad & 1) * 128 + (quad >> 1) * 16;
         __m256i low = _mm256_and_si256(sums, _mm256_set1_epi16(127));
-        _mm_storeu_si128((__m128i *)to, _mm256_cvtepi16_epi8(low));
-        _mm_storeu_si128((__m128i *)(to + 64), _mm256_cvtepi16_epi8(_mm256_srai_epi16(sums, 7)));
+        _mm_storeu_si128((__m128i*)to, _mm256_cvtepi16_epi8(low));
+        _mm_storeu_si128((__m128i*)(to + 64), _mm256_cvtepi16_epi8(_mm256_srai_epi16(sums, 7)));
     }
 }
 
-TARGET static float make_table(const float *inputs, int64_t words, int64_t stride,
-                               uint8_t *tables) {
+TARGET static float make_table(const float* inputs, int64_t words, int64_t stride,
+                               uint8_t* tables) {
     float factor, step = fdb_step(largest_magnitude(inputs, words), LARGEST, &factor);
     for (int64_t word = 0; word < words; word++)
         word_tables(inputs + word * FDB_WORD_INPUTS, _mm512_set1_ps(factor),
@@ -51,7 +51,7 @@ typedef struct {
     __m512i even_low, even_high, odd_low, odd_high;
 } word_table;
 
-INLINE word_table load_table(const uint8_t *table) {
+INLINE word_table load_table(const uint8_t* table) {
     return (word_table){_mm512_load_si512(table), _mm512_load_si512(table + 64),
                         _mm512_load_si512(table + 128), _mm512_load_si512(table + 192)};
 }
@@ -68,51 +68,52 @@ INLINE __m512i add_lookup(__m512i sum, __m512i index, __m512i low, __m512i high)
     return _mm512_dpbusd_epi32(sum, rest, _mm512_permutexvar_epi8(index, high));
 }
 
-INLINE __m512i word_sum(__m512i even, __m512i odd, const word_table *t) {
+INLINE __m512i word_sum(__m512i even, __m512i odd, const word_table* t) {
     __m512i sum = add_lookup(_mm512_setzero_si512(), even, t->even_low, t->even_high);
     return add_lookup(sum, odd, t->odd_low, t->odd_high);
 }
 
-INLINE __m512i plane_word(const uint8_t *plane, const word_table *t) {
+INLINE __m512i plane_word(const uint8_t* plane, const word_table* t) {
     __m512i bits = _mm512_loadu_si512(plane);
     return word_sum(nibble_index(bits), nibble_index(_mm512_srli_epi16(bits, 4)), t);
 }
 
 /* Adds a piece of 1 or 2 words of one tile. */
-INLINE __m512 add_piece(__m512 y, const uint8_t *piece, const uint8_t *scales, int words,
-                        const word_table *t, __m512 step) {
+INLINE __m512 add_piece(__m512 y, const uint8_t* piece, const uint8_t* scales, int words,
+                        const word_table* t, __m512 step) {
     __m512i sum1 = plane_word(piece, &t[0]);
     __m512i sum2 = plane_word(piece + words * FDB_PLANE_BYTES, &t[0]);
     if (words == 2) {
         sum1 = _mm512_add_epi32(sum1, plane_word(piece + FDB_PLANE_BYTES, &t[1]));
         sum2 = _mm512_add_epi32(sum2, plane_word(piece + 3 * FDB_PLANE_BYTES, &t[1]));
     }
-    __m512 part = _mm512_mul_ps(load_scales(scales + FDB_SCALE_BYTES / 2), _mm512_cvtepi32_ps(sum2));
+    __m512 part =
+        _mm512_mul_ps(load_scales(scales + FDB_SCALE_BYTES / 2), _mm512_cvtepi32_ps(sum2));
     part = _mm512_fmadd_ps(load_scales(scales), _mm512_cvtepi32_ps(sum1), part);
     return _mm512_fmadd_ps(step, part, y);
 }
 
 /* One group of one block, one column. `count` is a constant where it is inlined. */
-INLINE const uint8_t *add_group(const uint8_t *tile, int64_t words, const uint8_t *tables,
-                                float step, int count, __m512 *y) {
+INLINE const uint8_t* add_group(const uint8_t* tile, int64_t words, const uint8_t* tables,
+                                float step, int count, __m512* y) {
     int64_t scales = words * 2 * FDB_PLANE_BYTES, bytes = scales + FDB_SCALE_BYTES;
     for (int64_t word = 0; word < words; word += 2) {
-        const uint8_t *table = tables + word * WORD_TABLE;
+        const uint8_t* table = tables + word * WORD_TABLE;
         word_table t[2] = {load_table(table)};
         int64_t at = word * 2 * FDB_PLANE_BYTES;
         if (words - word >= 2) {
             t[1] = load_table(table + WORD_TABLE);
 #pragma GCC unroll 4
             for (int i = 0; i < count; i++) {
-                const uint8_t *p = tile + i * bytes;
+                const uint8_t* p = tile + i * bytes;
                 for (int line = 0; line < 5; line++)
-                    _mm_prefetch((const char *)p + PREFETCH + line * 64, _MM_HINT_T0);
+                    _mm_prefetch((const char*)p + PREFETCH + line * 64, _MM_HINT_T0);
                 y[i] = add_piece(y[i], p + at, p + scales, 2, t, _mm512_set1_ps(step));
             }
         } else {
 #pragma GCC unroll 4
             for (int i = 0; i < count; i++) {
-                const uint8_t *p = tile + i * bytes;
+                const uint8_t* p = tile + i * bytes;
                 y[i] = add_piece(y[i], p + at, p + scales, 1, t, _mm512_set1_ps(step));
             }
         }
@@ -120,8 +121,8 @@ INLINE const uint8_t *add_group(const uint8_t *tile, int64_t words, const uint8_
     return tile + count * bytes;
 }
 
-INLINE void block_one_column(const fdb_shape *shape, const uint8_t *tile, const uint8_t *tables,
-                             const float *steps, int64_t from, int64_t to, int count, float *y) {
+INLINE void block_one_column(const fdb_shape* shape, const uint8_t* tile, const uint8_t* tables,
+                             const float* steps, int64_t from, int64_t to, int count, float* y) {
     __m512 sums[FDB_BLOCK_TILES] = {{0}};
 #pragma GCC unroll 4
     for (int i = 0; i < count; i++) sums[i] = _mm512_loadu_ps(y + i * FDB_TILE_ROWS);
@@ -134,53 +135,57 @@ INLINE void block_one_column(const fdb_shape *shape, const uint8_t *tile, const 
 }
 
 /* One tile of one group for many columns: the indices are made once. */
-INLINE void tile_columns(const uint8_t *tile, int64_t words, const uint8_t *tables,
-                         const float *steps, int64_t columns, float *y) {
-    const uint8_t *scales = tile + words * 2 * FDB_PLANE_BYTES;
+INLINE void tile_columns(const uint8_t* tile, int64_t words, const uint8_t* tables,
+                         const float* steps, int64_t columns, float* y) {
+    const uint8_t* scales = tile + words * 2 * FDB_PLANE_BYTES;
     __m512 alpha1 = load_scales(scales), alpha2 = load_scales(scales + FDB_SCALE_BYTES / 2);
     for (int64_t word = 0; word < words; word += 2) {
         int64_t pair = fdb_min(2, words - word);
-        const uint8_t *piece = tile + word * 2 * FDB_PLANE_BYTES;
+        const uint8_t* piece = tile + word * 2 * FDB_PLANE_BYTES;
         __m512i even[4], odd[4]; /* b1 of the first word, of the second, b2 of each */
         for (int64_t i = 0; i < 4; i++) {
-            __m512i bits = (i & 1) < pair
-                               ? _mm512_loadu_si512(piece + ((i >> 1) * pair + (i & 1)) * FDB_PLANE_BYTES)
-                               : _mm512_setzero_si512();
+            __m512i bits =
+                (i & 1) < pair
+                    ? _mm512_loadu_si512(piece + ((i >> 1) * pair + (i & 1)) * FDB_PLANE_BYTES)
+                    : _mm512_setzero_si512();
             even[i] = nibble_index(bits);
             odd[i] = nibble_index(_mm512_srli_epi16(bits, 4));
         }
-        const uint8_t *first = tables + word * columns * WORD_TABLE;
-        const uint8_t *second = first + (pair - 1) * columns * WORD_TABLE;
+        const uint8_t* first = tables + word * columns * WORD_TABLE;
+        const uint8_t* second = first + (pair - 1) * columns * WORD_TABLE;
         for (int64_t c = 0; c < columns; c++) {
-            word_table t = load_table(first + c * WORD_TABLE), u = load_table(second + c * WORD_TABLE);
+            word_table t = load_table(first + c * WORD_TABLE),
+                       u = load_table(second + c * WORD_TABLE);
             __m512i sum1 = word_sum(even[0], odd[0], &t), sum2 = word_sum(even[2], odd[2], &t);
             /* Entry 0 of every table is 0: a word that is not there adds nothing. */
             sum1 = _mm512_add_epi32(sum1, word_sum(even[1], odd[1], &u));
             sum2 = _mm512_add_epi32(sum2, word_sum(even[3], odd[3], &u));
             __m512 part = _mm512_mul_ps(alpha2, _mm512_cvtepi32_ps(sum2));
             part = _mm512_fmadd_ps(alpha1, _mm512_cvtepi32_ps(sum1), part);
-            float *to = y + c * FDB_BLOCK_ROWS;
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_set1_ps(steps[c]), part, _mm512_loadu_ps(to)));
+            float* to = y + c * FDB_BLOCK_ROWS;
+            _mm512_storeu_ps(to,
+                             _mm512_fmadd_ps(_mm512_set1_ps(steps[c]), part, _mm512_loadu_ps(to)));
         }
     }
 }
 
-INLINE void block_columns(const fdb_shape *shape, const uint8_t *tile, const uint8_t *tables,
-                          const float *steps, int64_t columns, int64_t from, int64_t to,
-                          int64_t count, float *y) {
+INLINE void block_columns(const fdb_shape* shape, const uint8_t* tile, const uint8_t* tables,
+                          const float* steps, int64_t columns, int64_t from, int64_t to,
+                          int64_t count, float* y) {
     for (int64_t group = from; group < to; group++) {
         int64_t words = fdb_group_words(shape, group);
         for (int64_t i = 0; i < count; i++) {
-            tile_columns(tile, words, tables + fdb_words_before(shape, group) * columns * WORD_TABLE,
+            tile_columns(tile, words,
+                         tables + fdb_words_before(shape, group) * columns * WORD_TABLE,
                          steps + group * columns, columns, y + i * FDB_TILE_ROWS);
             tile += fdb_tile_bytes(shape, group, group + 1);
         }
     }
 }
 
-TARGET static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
-                             int64_t to, const uint8_t *tables, const float *steps,
-                             int64_t columns, float *y) {
+TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64_t count,
+                             int64_t from, int64_t to, const uint8_t* tables, const float* steps,
+                             int64_t columns, float* y) {
     if (columns > 1)
         block_columns(shape, tiles, tables, steps, columns, from, to, count, y);
     else if (count == FDB_BLOCK_TILES)
@@ -199,9 +204,9 @@ static int supported(void) {
 }
 
 const fdb_instruction_set fdb_avx512 = {"avx512", &fdb_avx512_integer, &fdb_avx512_exact,
-                                        supported};
+                                        int8_sums_avx512, supported};
 
 #else
 static int supported(void) { return 0; }
-const fdb_instruction_set fdb_avx512 = {"avx512", 0, 0, supported};
+const fdb_instruction_set fdb_avx512 = {"avx512", 0, 0, 0, supported};
 #endif

@@ -13,7 +13,7 @@
 #define INLINE TARGET __attribute__((always_inline)) static inline
 
 /* Largest magnitude of `words` words, NaN if any input is not finite. */
-INLINE float largest_magnitude(const float *x, int64_t words) {
+INLINE float largest_magnitude(const float* x, int64_t words) {
     __m512 largest = _mm512_setzero_ps();
     __mmask16 bad = 0;
     for (int64_t i = 0; i < words * FDB_WORD_INPUTS; i += 16) {
@@ -24,8 +24,8 @@ INLINE float largest_magnitude(const float *x, int64_t words) {
     return bad ? NAN : _mm512_reduce_max_ps(largest);
 }
 
-INLINE __m512 load_scales(const uint8_t *halves) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)halves));
+INLINE __m512 load_scales(const uint8_t* halves) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)halves));
 }
 
 #endif

@@ -16,6 +16,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "int8.h"
+
 /* What Python calls; all else stays inside the library. */
 #define EXPORT __attribute__((visibility("default")))
 
@@ -41,44 +43,44 @@ typedef struct {
 static inline int64_t fdb_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t fdb_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static inline int64_t fdb_groups(const fdb_shape *s) {
+static inline int64_t fdb_groups(const fdb_shape* s) {
     return fdb_ceil_div(s->in_features, s->group_size);
 }
-static inline int64_t fdb_tiles(const fdb_shape *s) {
+static inline int64_t fdb_tiles(const fdb_shape* s) {
     return fdb_ceil_div(s->out_features, FDB_TILE_ROWS);
 }
-static inline int64_t fdb_blocks(const fdb_shape *s) {
+static inline int64_t fdb_blocks(const fdb_shape* s) {
     return fdb_ceil_div(fdb_tiles(s), FDB_BLOCK_TILES);
 }
-static inline int64_t fdb_stretch_groups(const fdb_shape *s) {
+static inline int64_t fdb_stretch_groups(const fdb_shape* s) {
     return s->group_size < FDB_STRETCH_INPUTS ? FDB_STRETCH_INPUTS / s->group_size : 1;
 }
 /* Words of 32 inputs from the first group up to `group`. */
-static inline int64_t fdb_words_before(const fdb_shape *s, int64_t group) {
+static inline int64_t fdb_words_before(const fdb_shape* s, int64_t group) {
     int64_t inputs = fdb_min(group * s->group_size, s->in_features);
     return fdb_ceil_div(inputs, FDB_WORD_INPUTS);
 }
-static inline int64_t fdb_group_words(const fdb_shape *s, int64_t group) {
+static inline int64_t fdb_group_words(const fdb_shape* s, int64_t group) {
     return fdb_words_before(s, group + 1) - fdb_words_before(s, group);
 }
 /* Bytes of one tile of every group from `first` up to `last`. */
-static inline int64_t fdb_tile_bytes(const fdb_shape *s, int64_t first, int64_t last) {
+static inline int64_t fdb_tile_bytes(const fdb_shape* s, int64_t first, int64_t last) {
     int64_t words = fdb_words_before(s, last) - fdb_words_before(s, first);
     return words * 2 * FDB_PLANE_BYTES + (last - first) * FDB_SCALE_BYTES;
 }
 /* Where the tiles of a block begin in the stretch of groups `first` up to `last`. */
-static inline int64_t fdb_block_offset(const fdb_shape *s, int64_t first, int64_t last,
+static inline int64_t fdb_block_offset(const fdb_shape* s, int64_t first, int64_t last,
                                        int64_t block) {
     return fdb_tiles(s) * fdb_tile_bytes(s, 0, first) +
            block * FDB_BLOCK_TILES * fdb_tile_bytes(s, first, last);
 }
-static inline int64_t fdb_block_tiles(const fdb_shape *s, int64_t block) {
+static inline int64_t fdb_block_tiles(const fdb_shape* s, int64_t block) {
     return fdb_min(FDB_BLOCK_TILES, fdb_tiles(s) - block * FDB_BLOCK_TILES);
 }
 
 /* The step of integers up to `top` for inputs up to `largest` (NaN for ones that are not finite),
  * and what an input is multiplied by to be an integer. */
-static inline float fdb_step(float largest, int top, float *factor) {
+static inline float fdb_step(float largest, int top, float* factor) {
     *factor = largest >= FDB_SMALLEST ? (float)top / largest : 0;
     return largest < FDB_SMALLEST ? 0 : largest / (float)top;
 }
@@ -97,28 +99,29 @@ static inline float fdb_step(float largest, int top, float *factor) {
  *   y [column][FDB_BLOCK_ROWS]; tables [word][column], steps [group][column].
  */
 typedef struct {
-    const char *name;
+    const char* name;
     int64_t table_bytes;
-    float (*table)(const float *inputs, int64_t words, int64_t stride, uint8_t *tables);
-    void (*block)(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
-                  int64_t to, const uint8_t *tables, const float *steps, int64_t columns, float *y);
+    float (*table)(const float* inputs, int64_t words, int64_t stride, uint8_t* tables);
+    void (*block)(const fdb_shape* shape, const uint8_t* tiles, int64_t count, int64_t from,
+                  int64_t to, const uint8_t* tables, const float* steps, int64_t columns, float* y);
 } fdb_kernel;
 
 /* Tables and steps of x [columns][words * 32] for the groups `first` up to `last`. */
-void fdb_make_tables(const fdb_kernel *kernel, const fdb_shape *shape, const float *x,
-                     int64_t columns, int64_t first, int64_t last, uint8_t *tables, float *steps);
+void fdb_make_tables(const fdb_kernel* kernel, const fdb_shape* shape, const float* x,
+                     int64_t columns, int64_t first, int64_t last, uint8_t* tables, float* steps);
 
 /* y [block][column][FDB_BLOCK_ROWS] for the blocks `first` up to `last`; the same bytes for any
  * division into ranges. */
-void fdb_make_product(const fdb_kernel *kernel, const fdb_shape *shape, const uint8_t *tiles,
-                      const uint8_t *tables, const float *steps, int64_t columns, int64_t first,
-                      int64_t last, float *y);
+void fdb_make_product(const fdb_kernel* kernel, const fdb_shape* shape, const uint8_t* tiles,
+                      const uint8_t* tables, const float* steps, int64_t columns, int64_t first,
+                      int64_t last, float* y);
 
 /* Integer kernels round the activations of a group to 12 or 13 bits; exact ones add in float32. */
 typedef struct {
-    const char *name;
-    const fdb_kernel *integer;
-    const fdb_kernel *exact;
+    const char* name;
+    const fdb_kernel* integer;
+    const fdb_kernel* exact;
+    int8_sums* int8;
     int (*supported)(void);
 } fdb_instruction_set;
 
@@ -128,5 +131,7 @@ extern const fdb_instruction_set fdb_avx512;
 extern const fdb_instruction_set fdb_avx2;
 extern const fdb_instruction_set fdb_neon;
 extern const fdb_instruction_set fdb_portable;
+
+extern const fdb_instruction_set* fdb_chosen;
 
 #endif

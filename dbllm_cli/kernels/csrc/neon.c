@@ -15,7 +15,7 @@ enum { WORD_TABLE = 256, LARGEST = 4095, LANES = 4, PARTS = FDB_TILE_ROWS / LANE
 /* -- tables ---------------------------------------------------------------------------------- */
 
 /* Largest magnitude of `words` words, NaN if any input is not finite. */
-static float largest_magnitude(const float *x, int64_t words) {
+static float largest_magnitude(const float* x, int64_t words) {
     float largest = 0, bad = 0;
     for (int64_t i = 0; i < words * FDB_WORD_INPUTS; i++) {
         float magnitude = fabsf(x[i]);
@@ -26,10 +26,10 @@ static float largest_magnitude(const float *x, int64_t words) {
 }
 
 /* Tables of one word: quads 0 2 4 6 low 7 bits, the same high, quads 1 3 5 7 low, high. */
-static void word_tables(const float *x, float factor, uint8_t *table) {
+static void word_tables(const float* x, float factor, uint8_t* table) {
     for (int quad = 0; quad < 8; quad++, x += 4) {
         int16_t sums[16] = {0};
-        uint8_t *to = table + (quad & 1) * 128 + (quad >> 1) * 16;
+        uint8_t* to = table + (quad & 1) * 128 + (quad >> 1) * 16;
         for (int i = 0; i < 4; i++) {
             int16_t q = (int16_t)lrintf(x[i] * factor);
             for (int v = 0; v < 1 << i; v++) sums[v + (1 << i)] = (int16_t)(sums[v] + q);
@@ -41,27 +41,28 @@ static void word_tables(const float *x, float factor, uint8_t *table) {
     }
 }
 
-static float make_table(const float *inputs, int64_t words, int64_t stride, uint8_t *tables) {
+static float make_table(const float* inputs, int64_t words, int64_t stride, uint8_t* tables) {
     float factor, step = fdb_step(largest_magnitude(inputs, words), LARGEST, &factor);
     for (int64_t word = 0; word < words; word++)
         word_tables(inputs + word * FDB_WORD_INPUTS, factor, tables + word * stride);
     return step;
 }
 
-/* -- product ------------------------------------------------------------------------------------ */
+/* -- product ------------------------------------------------------------------------------------
+ */
 
 typedef struct {
     int16x8_t low, high; /* two lanes a row */
 } row_sums;
 
-static inline void add_lookup(row_sums *sums, uint8x16_t index, const uint8_t *table) {
+static inline void add_lookup(row_sums* sums, uint8x16_t index, const uint8_t* table) {
     uint8x16x4_t low = vld1q_u8_x4(table), high = vld1q_u8_x4(table + 64);
     sums->low = vpadalq_s8(sums->low, vreinterpretq_s8_u8(vqtbl4q_u8(low, index)));
     sums->high = vpadalq_s8(sums->high, vreinterpretq_s8_u8(vqtbl4q_u8(high, index)));
 }
 
 /* One word of one plane of 4 rows. */
-static inline void add_word(row_sums *sums, const uint8_t *plane, const uint8_t *table) {
+static inline void add_word(row_sums* sums, const uint8_t* plane, const uint8_t* table) {
     const uint8x16_t place = vreinterpretq_u8_u32(vdupq_n_u32(0x30201000));
     uint8x16_t bits = vld1q_u8(plane);
     add_lookup(sums, vorrq_u8(vandq_u8(bits, vdupq_n_u8(15)), place), table);
@@ -73,39 +74,39 @@ static inline float32x4_t total(row_sums sums) {
     return vcvtq_f32_s32(vaddq_s32(vpaddlq_s16(sums.low), high));
 }
 
-static inline float32x4_t load_scales(const uint8_t *halves) {
+static inline float32x4_t load_scales(const uint8_t* halves) {
     return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(halves)));
 }
 
 /* One tile of one group for one column, whose tables lie `stride` bytes apart. */
-static void add_tile(const uint8_t *tile, int64_t words, const uint8_t *tables, int64_t stride,
-                     float step, float *y) {
-    const uint8_t *scales = tile + words * 2 * FDB_PLANE_BYTES;
+static void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables, int64_t stride,
+                     float step, float* y) {
+    const uint8_t* scales = tile + words * 2 * FDB_PLANE_BYTES;
     for (int part = 0; part < PARTS; part++) {
         float32x4_t parts = vdupq_n_f32(0);
         for (int64_t word = 0; word < words; word += 2) {
             int64_t pair = fdb_min(2, words - word);
-            const uint8_t *piece = tile + word * 2 * FDB_PLANE_BYTES + part * 16;
+            const uint8_t* piece = tile + word * 2 * FDB_PLANE_BYTES + part * 16;
             for (int plane = 0; plane < 2; plane++) {
                 row_sums sums = {vdupq_n_s16(0), vdupq_n_s16(0)};
                 for (int64_t w = 0; w < pair; w++)
                     add_word(&sums, piece + (plane * pair + w) * FDB_PLANE_BYTES,
                              tables + (word + w) * stride);
-                const uint8_t *halves = scales + plane * FDB_SCALE_BYTES / 2 + part * 8;
+                const uint8_t* halves = scales + plane * FDB_SCALE_BYTES / 2 + part * 8;
                 parts = vfmaq_f32(parts, load_scales(halves), total(sums));
             }
         }
-        float *to = y + part * LANES;
+        float* to = y + part * LANES;
         vst1q_f32(to, vfmaq_n_f32(vld1q_f32(to), parts, step));
     }
 }
 
-static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
-                      int64_t to, const uint8_t *tables, const float *steps,
-                      int64_t columns, float *y) {
+static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64_t count, int64_t from,
+                      int64_t to, const uint8_t* tables, const float* steps, int64_t columns,
+                      float* y) {
     for (int64_t group = from; group < to; group++) {
         int64_t words = fdb_group_words(shape, group);
-        const uint8_t *own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
+        const uint8_t* own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
         for (int64_t i = 0; i < count; i++) {
             for (int64_t c = 0; c < columns; c++)
                 add_tile(tiles, words, own + c * WORD_TABLE, columns * WORD_TABLE,
@@ -117,9 +118,10 @@ static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t coun
 
 static int supported(void) { return 1; }
 static const fdb_kernel integer = {"neon", WORD_TABLE, make_table, add_block};
-const fdb_instruction_set fdb_neon = {"neon", &integer, &fdb_portable_exact, supported};
+const fdb_instruction_set fdb_neon = {"neon", &integer, &fdb_portable_exact, int8_sums_portable,
+                                      supported};
 
 #else
 static int supported(void) { return 0; }
-const fdb_instruction_set fdb_neon = {"neon", 0, 0, supported};
+const fdb_instruction_set fdb_neon = {"neon", 0, 0, 0, supported};
 #endif

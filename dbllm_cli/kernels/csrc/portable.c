@@ -10,10 +10,10 @@ enum {
     WORD_TABLE = WORD_BYTES * BYTE_SUMS * sizeof(float),
 };
 
-static float make_table(const float *inputs, int64_t words, int64_t stride, uint8_t *tables) {
+static float make_table(const float* inputs, int64_t words, int64_t stride, uint8_t* tables) {
     float probe = 0;
     for (int64_t word = 0; word < words; word++, tables += stride) {
-        float *sums = (float *)tables;
+        float* sums = (float*)tables;
         for (int byte = 0; byte < WORD_BYTES; byte++, inputs += 8, sums += BYTE_SUMS) {
             sums[0] = 0;
             for (int i = 0; i < 8; i++) {
@@ -25,7 +25,7 @@ static float make_table(const float *inputs, int64_t words, int64_t stride, uint
     return 1.0f + probe;
 }
 
-static float word_sum(const float *sums, const uint8_t *plane, int64_t row) {
+static float word_sum(const float* sums, const uint8_t* plane, int64_t row) {
     uint32_t word;
     memcpy(&word, plane + row * 4, sizeof word);
     float low = sums[word & 255] + sums[BYTE_SUMS + (word >> 8 & 255)];
@@ -34,15 +34,15 @@ static float word_sum(const float *sums, const uint8_t *plane, int64_t row) {
 }
 
 /* One tile of one group for one column, whose tables lie `stride` bytes apart. */
-static void add_tile(const uint8_t *tile, int64_t words, const uint8_t *tables, int64_t stride,
-                     float step, float *y) {
-    const uint8_t *scales = tile + words * 2 * FDB_PLANE_BYTES;
+static void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables, int64_t stride,
+                     float step, float* y) {
+    const uint8_t* scales = tile + words * 2 * FDB_PLANE_BYTES;
     for (int64_t row = 0; row < FDB_TILE_ROWS; row++) {
         float sum1 = 0, sum2 = 0;
         for (int64_t word = 0; word < words; word++) {
             int64_t even = word & ~(int64_t)1, pair = fdb_min(2, words - even);
-            const uint8_t *plane = tile + (even * 2 + (word & 1)) * FDB_PLANE_BYTES;
-            const float *sums = (const float *)(tables + word * stride);
+            const uint8_t* plane = tile + (even * 2 + (word & 1)) * FDB_PLANE_BYTES;
+            const float* sums = (const float*)(tables + word * stride);
             sum1 += word_sum(sums, plane, row);
             sum2 += word_sum(sums, plane + pair * FDB_PLANE_BYTES, row);
         }
@@ -53,12 +53,12 @@ static void add_tile(const uint8_t *tile, int64_t words, const uint8_t *tables, 
     }
 }
 
-static void add_block(const fdb_shape *shape, const uint8_t *tiles, int64_t count, int64_t from,
-                      int64_t to, const uint8_t *tables, const float *steps,
-                      int64_t columns, float *y) {
+static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64_t count, int64_t from,
+                      int64_t to, const uint8_t* tables, const float* steps, int64_t columns,
+                      float* y) {
     for (int64_t group = from; group < to; group++) {
         int64_t words = fdb_group_words(shape, group);
-        const uint8_t *own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
+        const uint8_t* own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
         for (int64_t i = 0; i < count; i++) {
             for (int64_t c = 0; c < columns; c++)
                 add_tile(tiles, words, own + c * WORD_TABLE, columns * WORD_TABLE,
@@ -72,4 +72,4 @@ static int always(void) { return 1; }
 
 const fdb_kernel fdb_portable_exact = {"portable", WORD_TABLE, make_table, add_block};
 const fdb_instruction_set fdb_portable = {"portable", &fdb_portable_exact, &fdb_portable_exact,
-                                          always};
+                                          int8_sums_portable, always};

@@ -12,8 +12,8 @@
 torch_abi torch;
 
 static const struct {
-    const char *name;
-    void *address;
+    const char* name;
+    void* address;
 } symbols[] = {
     {"aoti_torch_library_init_impl", &torch.library_init_impl},
     {"aoti_torch_library_impl", &torch.library_impl},
@@ -30,23 +30,24 @@ static const struct {
     {"aoti_torch_dtype_float16", &torch.float16},
 };
 
-/* -- work memory: one buffer a thread, as large as the widest layer needs ------------------------ */
+/* -- work memory: one buffer a thread, as large as the widest layer needs ------------------------
+ */
 
 typedef struct {
-    void *memory;
+    void* memory;
     size_t bytes;
 } work_buffer;
 
 static pthread_key_t work_key;
 
-static void free_work(void *pointer) {
-    work_buffer *work = pointer;
+static void free_work(void* pointer) {
+    work_buffer* work = pointer;
     free(work->memory);
     free(work);
 }
 
-void *work_memory(size_t bytes) {
-    work_buffer *work = pthread_getspecific(work_key);
+void* work_memory(size_t bytes) {
+    work_buffer* work = pthread_getspecific(work_key);
     if (work == NULL) {
         work = calloc(1, sizeof *work);
         if (work == NULL) abort();
@@ -61,11 +62,11 @@ void *work_memory(size_t bytes) {
     return work->memory;
 }
 
-const char *torch_abi_load(const char *torch_library) {
-    void *handle = dlopen(torch_library, RTLD_NOLOAD | RTLD_LAZY);
+const char* torch_abi_load(const char* torch_library) {
+    void* handle = dlopen(torch_library, RTLD_NOLOAD | RTLD_LAZY);
     if (handle == NULL) return torch_library;
     for (size_t i = 0; i < sizeof symbols / sizeof *symbols; i++) {
-        void *address = dlsym(handle, symbols[i].name);
+        void* address = dlsym(handle, symbols[i].name);
         if (address == NULL) return symbols[i].name;
         memcpy(symbols[i].address, &address, sizeof address);
     }
@@ -73,14 +74,15 @@ const char *torch_abi_load(const char *torch_library) {
     return NULL;
 }
 
-/* -- arrays ---------------------------------------------------------------------------------------- */
+/* -- arrays
+ * ---------------------------------------------------------------------------------------- */
 
 static size_t element_bytes(element_type type) { return type == FLOAT32 ? 4 : 2; }
 
-void array_describe(tensor from, array *to) {
+void array_describe(tensor from, array* to) {
     int64_t *sizes, *strides;
     int32_t dtype;
-    torch.data_ptr(from, (void **)&to->data);
+    torch.data_ptr(from, (void**)&to->data);
     torch.dim(from, &to->dim);
     torch.sizes(from, &sizes);
     torch.strides(from, &strides);
@@ -91,7 +93,7 @@ void array_describe(tensor from, array *to) {
 }
 
 /* Offset, in elements, of a row of the flattened leading dimensions. */
-static int64_t row_offset(const array *x, int64_t row) {
+static int64_t row_offset(const array* x, int64_t row) {
     int64_t offset = 0;
     for (int64_t d = x->dim - 2; d >= 0; d--) {
         offset += row % x->sizes[d] * x->strides[d];
@@ -100,17 +102,17 @@ static int64_t row_offset(const array *x, int64_t row) {
     return offset;
 }
 
-float array_read_row(const array *x, int64_t row, int64_t count, float *to) {
-    const char *from = x->data + row_offset(x, row) * (int64_t)element_bytes(x->type);
+float array_read_row(const array* x, int64_t row, int64_t count, float* to) {
+    const char* from = x->data + row_offset(x, row) * (int64_t)element_bytes(x->type);
     int64_t stride = x->strides[x->dim - 1];
     if (x->type == FLOAT32)
-        for (int64_t i = 0; i < count; i++) to[i] = ((const float *)from)[i * stride];
+        for (int64_t i = 0; i < count; i++) to[i] = ((const float*)from)[i * stride];
     else if (x->type == BFLOAT16)
         for (int64_t i = 0; i < count; i++)
-            to[i] = fdb_from_bfloat16(((const uint16_t *)from)[i * stride]);
+            to[i] = fdb_from_bfloat16(((const uint16_t*)from)[i * stride]);
     else
         for (int64_t i = 0; i < count; i++)
-            to[i] = fdb_from_float16(((const uint16_t *)from)[i * stride]);
+            to[i] = fdb_from_float16(((const uint16_t*)from)[i * stride]);
     float largest = 0;
     for (int64_t i = 0; i < count; i++) largest = fabsf(to[i]) > largest ? fabsf(to[i]) : largest;
     if (largest >= 0x1p-64f || largest == 0) return 1;
@@ -118,19 +120,19 @@ float array_read_row(const array *x, int64_t row, int64_t count, float *to) {
     return 0x1p-64f;
 }
 
-void array_write(float *from, int64_t count, float factor, element_type type, char *data,
+void array_write(float* from, int64_t count, float factor, element_type type, char* data,
                  int64_t at) {
     if (factor != 1)
         for (int64_t i = 0; i < count; i++) from[i] *= factor;
     if (type == FLOAT32)
-        memcpy((float *)data + at, from, (size_t)count * 4);
+        memcpy((float*)data + at, from, (size_t)count * 4);
     else if (type == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)data)[at + i] = fdb_to_bfloat16(from[i]);
+        for (int64_t i = 0; i < count; i++) ((uint16_t*)data)[at + i] = fdb_to_bfloat16(from[i]);
     else
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)data)[at + i] = fdb_to_float16(from[i]);
+        for (int64_t i = 0; i < count; i++) ((uint16_t*)data)[at + i] = fdb_to_float16(from[i]);
 }
 
-tensor array_like(const array *x, int64_t last, int64_t *rows, char **data) {
+tensor array_like(const array* x, int64_t last, int64_t* rows, char** data) {
     int64_t sizes[64], strides[64], stride = 1;
     memcpy(sizes, x->sizes, (size_t)x->dim * sizeof *sizes);
     sizes[x->dim - 1] = last;
@@ -145,6 +147,6 @@ tensor array_like(const array *x, int64_t last, int64_t *rows, char **data) {
                                          : torch.float16();
     tensor result;
     torch.empty(x->dim, sizes, strides, type, 0, 0, &result);
-    torch.data_ptr(result, (void **)data);
+    torch.data_ptr(result, (void**)data);
     return result;
 }

@@ -8,21 +8,21 @@
 #include <stdint.h>
 
 typedef uint64_t stable_value;
-typedef void *tensor;
-typedef void (*range_function)(int64_t begin, int64_t end, void *context);
-typedef void (*boxed_function)(stable_value *stack, uint64_t inputs, uint64_t outputs);
+typedef void* tensor;
+typedef void (*range_function)(int64_t begin, int64_t end, void* context);
+typedef void (*boxed_function)(stable_value* stack, uint64_t inputs, uint64_t outputs);
 
 typedef struct {
-    int32_t (*library_init_impl)(const char *, const char *, const char *, uint32_t, void **);
-    int32_t (*library_impl)(void *, const char *, boxed_function);
+    int32_t (*library_init_impl)(const char*, const char*, const char*, uint32_t, void**);
+    int32_t (*library_impl)(void*, const char*, boxed_function);
     int32_t (*delete_tensor)(tensor);
-    int32_t (*data_ptr)(tensor, void **);
-    int32_t (*dim)(tensor, int64_t *);
-    int32_t (*sizes)(tensor, int64_t **);
-    int32_t (*strides)(tensor, int64_t **);
-    int32_t (*dtype)(tensor, int32_t *);
-    int32_t (*empty)(int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, tensor *);
-    int32_t (*parallel_for)(int64_t, int64_t, int64_t, range_function, void *);
+    int32_t (*data_ptr)(tensor, void**);
+    int32_t (*dim)(tensor, int64_t*);
+    int32_t (*sizes)(tensor, int64_t**);
+    int32_t (*strides)(tensor, int64_t**);
+    int32_t (*dtype)(tensor, int32_t*);
+    int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, tensor*);
+    int32_t (*parallel_for)(int64_t, int64_t, int64_t, range_function, void*);
     int32_t (*float32)(void);
     int32_t (*bfloat16)(void);
     int32_t (*float16)(void);
@@ -31,33 +31,33 @@ typedef struct {
 extern torch_abi torch;
 
 /* Finds the functions. NULL, or the name of what this torch lacks. */
-const char *torch_abi_load(const char *torch_library);
+const char* torch_abi_load(const char* torch_library);
 
 typedef enum { FLOAT32, BFLOAT16, FLOAT16 } element_type;
 
 typedef struct {
-    char *data;
+    char* data;
     element_type type;
     int64_t dim, sizes[64], strides[64];
 } array;
 
-void array_describe(tensor from, array *to);
+void array_describe(tensor from, array* to);
 
 /* A contiguous array of x's type and leading dimensions, with `last` in place of its last. */
-tensor array_like(const array *x, int64_t last, int64_t *rows, char **data);
+tensor array_like(const array* x, int64_t last, int64_t* rows, char** data);
 
 /* Row `row` of the flattened leading dimensions, as float32, lifted where all of it is so small
  * that steps would be denormal: what to multiply results by. */
-float array_read_row(const array *x, int64_t row, int64_t count, float *to);
+float array_read_row(const array* x, int64_t row, int64_t count, float* to);
 
 /* Floats times `factor` to elements of a contiguous array; changes them. */
-void array_write(float *from, int64_t count, float factor, element_type type, char *data,
+void array_write(float* from, int64_t count, float factor, element_type type, char* data,
                  int64_t at);
 
 /* The operator of torch_int8.c. */
-void int8_linear_cpu(stable_value *stack, uint64_t inputs, uint64_t outputs);
+void int8_linear_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 
 /* Memory of the calling thread, 64-byte aligned, kept for its next call. */
-void *work_memory(size_t bytes);
+void* work_memory(size_t bytes);
 
 #endif

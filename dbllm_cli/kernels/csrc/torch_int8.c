@@ -1,33 +1,34 @@
 /* dbllm::int8_linear_cpu(Tensor x, Tensor weight) -> Tensor */
-#include "int8.h"
+#include "fdb.h"
 #include "torch_abi.h"
 
 enum { MAX_COLUMNS = 32, GRAIN_BYTES = 1 << 17 };
 
 typedef struct {
-    const uint8_t *weight;
+    const uint8_t* weight;
     int64_t in, rows, columns;
-    int16_t *q;
+    int16_t* q;
     float *x, *steps, *y;
 } call;
 
-static void make_product(int64_t first, int64_t last, void *context) {
-    const call *c = context;
-    int8_product(c->weight, c->q, c->steps, c->in, c->columns, c->rows, first, last, c->y);
+static void make_product(int64_t first, int64_t last, void* context) {
+    const call* c = context;
+    int8_product(fdb_chosen->int8, c->weight, c->q, c->steps, c->in, c->columns, c->rows, first,
+                 last, c->y);
 }
 
 static size_t rounded(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }
 
-static void multiply(call *c, const array *x, int64_t first_row, char *out) {
+static void multiply(call* c, const array* x, int64_t first_row, char* out) {
     int64_t stretches = (c->in + INT8_STRETCH - 1) / INT8_STRETCH;
     size_t q = rounded(c->in * c->columns * 2), row = rounded(c->in * 4);
     size_t steps = rounded(stretches * c->columns * 4), y = rounded(c->rows * c->columns * 4);
-    char *memory = work_memory(q + row + steps + y);
+    char* memory = work_memory(q + row + steps + y);
     float lowered[MAX_COLUMNS];
-    c->q = (int16_t *)memory;
-    c->x = (float *)(memory + q);
-    c->steps = (float *)(memory + q + row);
-    c->y = (float *)(memory + q + row + steps);
+    c->q = (int16_t*)memory;
+    c->x = (float*)(memory + q);
+    c->steps = (float*)(memory + q + row);
+    c->y = (float*)(memory + q + row + steps);
     for (int64_t column = 0; column < c->columns; column++) {
         lowered[column] = array_read_row(x, first_row + column, c->in, c->x);
         int8_quantize(c->x, c->in, c->q + column * c->in, c->steps + column * stretches);
@@ -38,16 +39,16 @@ static void multiply(call *c, const array *x, int64_t first_row, char *out) {
                     (first_row + column) * c->rows);
 }
 
-void int8_linear_cpu(stable_value *stack, uint64_t inputs, uint64_t outputs) {
+void int8_linear_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     tensor x = (tensor)stack[0], weight = (tensor)stack[1];
     array input, rows_of;
     array_describe(x, &input);
     array_describe(weight, &rows_of);
-    call c = {.weight = (const uint8_t *)rows_of.data};
+    call c = {.weight = (const uint8_t*)rows_of.data};
     c.in = input.sizes[input.dim - 1], c.rows = rows_of.sizes[0];
     int64_t rows;
-    char *data;
+    char* data;
     tensor result = array_like(&input, c.rows, &rows, &data);
     for (int64_t row = 0; row < rows; row += MAX_COLUMNS) {
         c.columns = rows - row < MAX_COLUMNS ? rows - row : MAX_COLUMNS;

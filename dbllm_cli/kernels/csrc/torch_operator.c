@@ -6,36 +6,36 @@
 
 typedef struct {
     fdb_shape shape;
-    const fdb_kernel *kernel;
-    const uint8_t *tiles;
+    const fdb_kernel* kernel;
+    const uint8_t* tiles;
     int64_t columns, words;
-    uint8_t *tables;
+    uint8_t* tables;
     float *x, *steps, *y;
 } call;
 
-static void make_tables(int64_t first, int64_t last, void *context) {
-    const call *c = context;
+static void make_tables(int64_t first, int64_t last, void* context) {
+    const call* c = context;
     fdb_make_tables(c->kernel, &c->shape, c->x, c->columns, first, last, c->tables, c->steps);
 }
 
-static void make_product(int64_t first, int64_t last, void *context) {
-    const call *c = context;
+static void make_product(int64_t first, int64_t last, void* context) {
+    const call* c = context;
     fdb_make_product(c->kernel, &c->shape, c->tiles, c->tables, c->steps, c->columns, first, last,
                      c->y);
 }
 
 static size_t rounded(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }
 
-static void divide_work_memory(call *c) {
+static void divide_work_memory(call* c) {
     size_t tables = rounded(c->words * c->columns * c->kernel->table_bytes);
     size_t x = rounded(c->words * FDB_WORD_INPUTS * c->columns * 4);
     size_t steps = rounded(fdb_groups(&c->shape) * c->columns * 4);
     size_t y = rounded(fdb_blocks(&c->shape) * FDB_BLOCK_ROWS * c->columns * 4);
-    char *memory = work_memory(tables + x + steps + y);
-    c->tables = (uint8_t *)memory;
-    c->x = (float *)(memory + tables);
-    c->steps = (float *)(memory + tables + x);
-    c->y = (float *)(memory + tables + x + steps);
+    char* memory = work_memory(tables + x + steps + y);
+    c->tables = (uint8_t*)memory;
+    c->x = (float*)(memory + tables);
+    c->steps = (float*)(memory + tables + x);
+    c->y = (float*)(memory + tables + x + steps);
 }
 
 enum {
@@ -44,13 +44,13 @@ enum {
     GRAIN_GROUPS = 64,
 };
 
-static void multiply(call *c, const array *x, int64_t first_row, char *out) {
-    const fdb_shape *shape = &c->shape;
+static void multiply(call* c, const array* x, int64_t first_row, char* out) {
+    const fdb_shape* shape = &c->shape;
     int64_t padded = c->words * FDB_WORD_INPUTS, groups = fdb_groups(shape);
     float lowered[FDB_MAX_COLUMNS];
     divide_work_memory(c);
     for (int64_t column = 0; column < c->columns; column++) {
-        float *to = c->x + column * padded;
+        float* to = c->x + column * padded;
         lowered[column] = array_read_row(x, first_row + column, shape->in_features, to);
         memset(to + shape->in_features, 0, (size_t)(padded - shape->in_features) * sizeof *to);
     }
@@ -59,27 +59,27 @@ static void multiply(call *c, const array *x, int64_t first_row, char *out) {
     torch.parallel_for(0, fdb_blocks(shape), 1 + GRAIN_BYTES / block_bytes, make_product, c);
     for (int64_t column = 0; column < c->columns; column++)
         for (int64_t block = 0; block < fdb_blocks(shape); block++) {
-            float *from = c->y + (block * c->columns + column) * FDB_BLOCK_ROWS;
+            float* from = c->y + (block * c->columns + column) * FDB_BLOCK_ROWS;
             int64_t at = block * FDB_BLOCK_ROWS;
             array_write(from, fdb_min(FDB_BLOCK_ROWS, shape->out_features - at), lowered[column],
                         x->type, out, (first_row + column) * shape->out_features + at);
         }
 }
 
-static const fdb_instruction_set *chosen;
+const fdb_instruction_set* fdb_chosen;
 
-static void fdb_linear_tiled(stable_value *stack, uint64_t inputs, uint64_t outputs) {
+static void fdb_linear_tiled(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     tensor x = (tensor)stack[0], tiles = (tensor)stack[1];
     array input, weights;
     array_describe(x, &input);
     array_describe(tiles, &weights);
-    call c = {.tiles = (const uint8_t *)weights.data};
+    call c = {.tiles = (const uint8_t*)weights.data};
     c.shape = (fdb_shape){input.sizes[input.dim - 1], (int64_t)stack[2], (int64_t)stack[3]};
-    c.kernel = input.type == FLOAT32 ? chosen->exact : chosen->integer;
+    c.kernel = input.type == FLOAT32 ? fdb_chosen->exact : fdb_chosen->integer;
     c.words = fdb_words_before(&c.shape, fdb_groups(&c.shape));
     int64_t rows;
-    char *data;
+    char* data;
     tensor result = array_like(&input, c.shape.out_features, &rows, &data);
     for (int64_t row = 0; row < rows; row += FDB_MAX_COLUMNS) {
         c.columns = fdb_min(FDB_MAX_COLUMNS, rows - row);
@@ -90,29 +90,29 @@ static void fdb_linear_tiled(stable_value *stack, uint64_t inputs, uint64_t outp
     stack[0] = (stable_value)result;
 }
 
-static const fdb_instruction_set *const sets[] = {&fdb_avx512, &fdb_avx2, &fdb_neon, &fdb_portable};
+static const fdb_instruction_set* const sets[] = {&fdb_avx512, &fdb_avx2, &fdb_neon, &fdb_portable};
 
 /* Whether this processor has an instruction set; changes nothing. */
-EXPORT int dbllm_supports(const char *name) {
+EXPORT int dbllm_supports(const char* name) {
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
         if (strcmp(name, sets[i]->name) == 0) return sets[i]->supported();
     return 0;
 }
 
 /* Chooses an instruction set: the best one when `name` is NULL. Its name, or NULL. */
-EXPORT const char *dbllm_choose(const char *name) {
+EXPORT const char* dbllm_choose(const char* name) {
     for (size_t i = 0; i < sizeof sets / sizeof *sets; i++)
         if (sets[i]->supported() && (name == NULL || strcmp(name, sets[i]->name) == 0)) {
-            chosen = sets[i];
-            return chosen->name;
+            fdb_chosen = sets[i];
+            return fdb_chosen->name;
         }
     return NULL;
 }
 
 /* Registers the operators' CPU implementations. NULL, or the name of what this torch lacks. */
-EXPORT const char *dbllm_register(const char *torch_library) {
-    void *library;
-    const char *lacking = torch_abi_load(torch_library);
+EXPORT const char* dbllm_register(const char* torch_library) {
+    void* library;
+    const char* lacking = torch_abi_load(torch_library);
     if (lacking != NULL) return lacking;
     if (torch.library_init_impl("dbllm", "CPU", __FILE__, __LINE__, &library) ||
         torch.library_impl(library, "fdb_linear_tiled", fdb_linear_tiled) ||

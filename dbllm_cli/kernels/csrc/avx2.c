@@ -171,7 +171,7 @@ TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64
                       y + c * FDB_BLOCK_ROWS + pair * 2 * FDB_TILE_ROWS);
 }
 
-const fdb_kernel fdb_avx2_integer = {"avx2", WORD_TABLE, make_table, add_block};
+const fdb_kernel fdb_avx2_integer = {"avx2", WORD_TABLE, make_table, NULL, add_block};
 
 static int supported(void) {
     __builtin_cpu_init();

@@ -45,8 +45,8 @@ INLINE void add_word(const uint8_t* plane1, const uint8_t* plane2, const uint8_t
 }
 
 /* One tile of one group for one column, whose tables lie `stride` bytes apart. */
-INLINE void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables, int64_t stride,
-                     float step, float* y) {
+TARGET static void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables,
+                            int64_t stride, float step, float* y) {
     const uint8_t* scales = tile + words * 2 * FDB_PLANE_BYTES;
     __m256 sums1[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     __m256 sums2[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -64,21 +64,6 @@ INLINE void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables, 
     }
 }
 
-TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64_t count,
-                             int64_t from, int64_t to, const uint8_t* tables, const float* steps,
-                             int64_t columns, float* y) {
-    for (int64_t group = from; group < to; group++) {
-        int64_t words = fdb_group_words(shape, group);
-        const uint8_t* own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
-        for (int64_t i = 0; i < count; i++) {
-            for (int64_t c = 0; c < columns; c++)
-                add_tile(tiles, words, own + c * WORD_TABLE, columns * WORD_TABLE,
-                         steps[group * columns + c], y + c * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
-            tiles += fdb_tile_bytes(shape, group, group + 1);
-        }
-    }
-}
-
-const fdb_kernel fdb_avx2_exact = {"avx2-exact", WORD_TABLE, make_table, add_block};
+const fdb_kernel fdb_avx2_exact = {"avx2-exact", WORD_TABLE, make_table, add_tile, NULL};
 
 #endif

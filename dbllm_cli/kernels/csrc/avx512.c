@@ -194,7 +194,7 @@ TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64
         block_one_column(shape, tiles, tables, steps, from, to, (int)count, y);
 }
 
-const fdb_kernel fdb_avx512_integer = {"avx512", WORD_TABLE, make_table, add_block};
+const fdb_kernel fdb_avx512_integer = {"avx512", WORD_TABLE, make_table, NULL, add_block};
 
 static int supported(void) {
     __builtin_cpu_init();

@@ -95,13 +95,18 @@ static inline float fdb_step(float largest, int top, float* factor) {
  *   the step NaN, so that the product is NaN too. The caller lifts columns of tiny inputs: groups
  *   below FDB_SMALLEST count as zero.
  *
- * `block`: adds the groups `from` up to `to` (one stretch) of a block of `count` tiles to
- *   y [column][FDB_BLOCK_ROWS]; tables [word][column], steps [group][column].
+ * `tile`: adds one tile of one group to y [FDB_TILE_ROWS] of one column, whose tables lie `stride`
+ *   bytes from word to word.
+ *
+ * `block`, in place of `tile`: adds the groups `from` up to `to` (one stretch) of a block of
+ * `count` tiles to y [column][FDB_BLOCK_ROWS]; tables [word][column], steps [group][column].
  */
 typedef struct {
     const char* name;
     int64_t table_bytes;
     float (*table)(const float* inputs, int64_t words, int64_t stride, uint8_t* tables);
+    void (*tile)(const uint8_t* tile, int64_t words, const uint8_t* tables, int64_t stride,
+                 float step, float* y);
     void (*block)(const fdb_shape* shape, const uint8_t* tiles, int64_t count, int64_t from,
                   int64_t to, const uint8_t* tables, const float* steps, int64_t columns, float* y);
 } fdb_kernel;

@@ -53,23 +53,8 @@ static void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables, 
     }
 }
 
-static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64_t count, int64_t from,
-                      int64_t to, const uint8_t* tables, const float* steps, int64_t columns,
-                      float* y) {
-    for (int64_t group = from; group < to; group++) {
-        int64_t words = fdb_group_words(shape, group);
-        const uint8_t* own = tables + fdb_words_before(shape, group) * columns * WORD_TABLE;
-        for (int64_t i = 0; i < count; i++) {
-            for (int64_t c = 0; c < columns; c++)
-                add_tile(tiles, words, own + c * WORD_TABLE, columns * WORD_TABLE,
-                         steps[group * columns + c], y + c * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
-            tiles += fdb_tile_bytes(shape, group, group + 1);
-        }
-    }
-}
-
 static int always(void) { return 1; }
 
-const fdb_kernel fdb_portable_exact = {"portable", WORD_TABLE, make_table, add_block};
+const fdb_kernel fdb_portable_exact = {"portable", WORD_TABLE, make_table, add_tile, NULL};
 const fdb_instruction_set fdb_portable = {"portable", &fdb_portable_exact, &fdb_portable_exact,
                                           int8_sums_portable, always};

@@ -16,6 +16,24 @@ void fdb_make_tables(const fdb_kernel* kernel, const fdb_shape* shape, const flo
     }
 }
 
+/* A block of a stretch, tile by tile. */
+static void add_tiles(const fdb_kernel* kernel, const fdb_shape* shape, const uint8_t* tiles,
+                      int64_t count, int64_t from, int64_t to, const uint8_t* tables,
+                      const float* steps, int64_t columns, float* y) {
+    int64_t stride = columns * kernel->table_bytes;
+    for (int64_t group = from; group < to; group++) {
+        int64_t words = fdb_group_words(shape, group);
+        const uint8_t* own = tables + fdb_words_before(shape, group) * stride;
+        for (int64_t i = 0; i < count; i++) {
+            for (int64_t c = 0; c < columns; c++)
+                kernel->tile(tiles, words, own + c * kernel->table_bytes, stride,
+                             steps[group * columns + c],
+                             y + c * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
+            tiles += fdb_tile_bytes(shape, group, group + 1);
+        }
+    }
+}
+
 void fdb_make_product(const fdb_kernel* kernel, const fdb_shape* shape, const uint8_t* tiles,
                       const uint8_t* tables, const float* steps, int64_t columns, int64_t first,
                       int64_t last, float* y) {
@@ -24,9 +42,14 @@ void fdb_make_product(const fdb_kernel* kernel, const fdb_shape* shape, const ui
     memset(y + first * block_floats, 0, (size_t)((last - first) * block_floats) * sizeof *y);
     for (int64_t from = 0; from < groups; from += stretch) {
         int64_t to = fdb_min(groups, from + stretch);
-        for (int64_t block = first; block < last; block++)
-            kernel->block(shape, tiles + fdb_block_offset(shape, from, to, block),
-                          fdb_block_tiles(shape, block), from, to, tables, steps, columns,
-                          y + block * block_floats);
+        for (int64_t block = first; block < last; block++) {
+            const uint8_t* own = tiles + fdb_block_offset(shape, from, to, block);
+            int64_t count = fdb_block_tiles(shape, block);
+            float* out = y + block * block_floats;
+            if (kernel->block != NULL)
+                kernel->block(shape, own, count, from, to, tables, steps, columns, out);
+            else
+                add_tiles(kernel, shape, own, count, from, to, tables, steps, columns, out);
+        }
     }
 }

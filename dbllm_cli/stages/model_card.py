@@ -33,13 +33,7 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         "",
         f"- {sizes['quantized_weights']:,} quantized weights, {bits} bits each when packed",
         f"- {sizes['weight_bytes']:,} bytes of tensors in all",
-        *(
-            [
-                "- embeddings and output layer in 8 bits; figures of an fdb below are from before that"
-            ]
-            if sizes["embeddings"] == "int8"
-            else []
-        ),
+        *_embeddings(sizes["embeddings"]),
         "",
         "## Made by",
         "",
@@ -50,6 +44,12 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         *_perplexities(EvalResult.read(artifact) for artifact in evals),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _embeddings(kind: str) -> list[str]:
+    if kind == "kept":
+        return []
+    return ["- embeddings and output layer in 8 bits; the figures of an fdb are from before that"]
 
 
 def _how_to_load(format_name: str) -> list[str]:

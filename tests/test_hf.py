@@ -58,7 +58,7 @@ def test_bfloat16_comes_close_to_float32(packed: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.bfloat16)
     exact = logits_of(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32))
     assert model.dtype == torch.bfloat16
-    planes = model.model.layers[0].mlp.up_proj
+    planes = model.model.layers[0].mlp.up_proj.quantized
     assert (planes.weight.dtype, planes.alpha.dtype) == (torch.uint8, torch.float16)
     error = (logits_of(model).float() - exact).norm() / exact.norm()
     assert error < 0.05

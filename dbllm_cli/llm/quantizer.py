@@ -55,6 +55,10 @@ class DbllmConfig(QuantizationConfigMixin):
         self.embedding_bits = embedding_bits
         self.modules_to_not_convert = list(modules_to_not_convert or ())
 
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it: without what is not set."""
+        return {key: value for key, value in super().to_dict().items() if value is not None}
+
 
 class DbllmQuantizer(HfQuantizer):
     """Puts FdbLinear in the place of every quantized layer before the weights are read."""

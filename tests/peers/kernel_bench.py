@@ -26,6 +26,7 @@ from dbllm_cli.kernels.cpu import library_path
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (64, 4096), (576, 1536), (1536, 576)]
 GROUP_SIZE = 64
 COLD_BYTES = 200 * 2**20
+READ_BYTES = 128 * 2**20
 
 
 def main() -> None:
@@ -65,15 +66,23 @@ def measure(
                 fdb_linear_tiled(x, tiles[i % len(tiles)], inputs, out, GROUP_SIZE),
             )
     contenders["torch bfloat16"] = lambda i: torch.nn.functional.linear(x, dense[i % len(dense)])
-    contenders["read"] = lambda i: read(tiles[(i + len(tiles) // 2) % len(tiles)])
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(repeats + 1):
-        for name, run in contenders.items():
+    seconds: dict[str, list[float]] = {name: [] for name in ("read", *contenders)}
+    # A buffer beyond the cache, so that starting threads costs nothing beside reading it.
+    pool = torch.zeros(READ_BYTES, dtype=torch.uint8)
+    for repeat in range(repeats):
+        if repeat % 5 == 0:
+            for _ in range(2):
+                begin = time.perf_counter()
+                read(pool)
+                seconds["read"].append(time.perf_counter() - begin)
+        for number, (name, run) in enumerate(contenders.items()):
             begin = time.perf_counter()
-            run(repeat)
-            if repeat:
+            # Every contender meets copies that none has just read.
+            run(repeat * len(contenders) + number)
+            if repeat % 5:  # not just after the reader has emptied every cache
                 seconds[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(times) * 1e6 for name, times in seconds.items()}
+    medians["read"] *= tiles[0].numel() / READ_BYTES
     empty = call_overhead()
     choose(None)
     return {"out": out, "in": inputs, "batch": batch, "threads": threads, "empty_call_us": empty,

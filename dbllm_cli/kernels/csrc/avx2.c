@@ -8,7 +8,7 @@
 
 #if defined(__x86_64__)
 
-enum { WORD_TABLE = 256, LARGEST = 2047, BIAS = 8192 };
+enum { WORD_TABLE = 256, PREFETCH = 2560, LARGEST = 2047, BIAS = 8192 };
 
 /* -- tables ---------------------------------------------------------------------------------- */
 
@@ -137,27 +137,18 @@ INLINE void add_piece(const uint8_t* tile, const uint8_t* next, int64_t at, int6
     }
 }
 
-/* All groups of a stretch for two tiles (or one twice) of a block, one column. */
-INLINE void two_tiles(const fdb_shape* shape, const uint8_t* tiles, int64_t pair, int64_t count,
-                      const uint8_t* tables, const float* steps, int64_t columns, int64_t column,
-                      int64_t from, int64_t to, float* y) {
-    int lone = 2 * pair + 1 == count;
+/* One group of two tiles (or one twice) for one column, whose tables lie `stride` apart. */
+INLINE void add_group(const uint8_t* tile, const uint8_t* next, int64_t words,
+                      const uint8_t* tables, int64_t stride, float step, float* y) {
+    int64_t scales = words * 2 * FDB_PLANE_BYTES;
     __m256 sums[4];
     for (int i = 0; i < 4; i++) sums[i] = _mm256_loadu_ps(y + 8 * i);
-    for (int64_t group = from; group < to; group++) {
-        int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
-        int64_t scales = words * 2 * FDB_PLANE_BYTES, bytes = scales + FDB_SCALE_BYTES;
-        const uint8_t *tile = tiles + 2 * pair * bytes, *next = lone ? tile : tile + bytes;
-        float step = steps[group * columns + column];
-        for (int64_t w = 0; w < words; w += 2) {
-            const uint8_t* table = tables + ((word + w) * columns + column) * WORD_TABLE;
-            int64_t at = w * 2 * FDB_PLANE_BYTES, stride = columns * WORD_TABLE;
-            if (words - w >= 2)
-                add_piece(tile, next, at, scales, 2, table, stride, step, sums);
-            else
-                add_piece(tile, next, at, scales, 1, table, stride, step, sums);
-        }
-        tiles += count * bytes;
+    for (int64_t w = 0; w < words; w += 2) {
+        int64_t at = w * 2 * FDB_PLANE_BYTES;
+        if (words - w >= 2)
+            add_piece(tile, next, at, scales, 2, tables + w * stride, stride, step, sums);
+        else
+            add_piece(tile, next, at, scales, 1, tables + w * stride, stride, step, sums);
     }
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(y + 8 * i, sums[i]);
 }
@@ -165,10 +156,21 @@ INLINE void two_tiles(const fdb_shape* shape, const uint8_t* tiles, int64_t pair
 TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64_t count,
                              int64_t from, int64_t to, const uint8_t* tables, const float* steps,
                              int64_t columns, float* y) {
-    for (int64_t c = 0; c < columns; c++)
-        for (int64_t pair = 0; 2 * pair < count; pair++)
-            two_tiles(shape, tiles, pair, count, tables, steps, columns, c, from, to,
-                      y + c * FDB_BLOCK_ROWS + pair * 2 * FDB_TILE_ROWS);
+    int64_t stride = columns * WORD_TABLE;
+    for (int64_t group = from; group < to; group++) {
+        int64_t words = fdb_group_words(shape, group);
+        int64_t bytes = fdb_tile_bytes(shape, group, group + 1);
+        const uint8_t* own = tables + fdb_words_before(shape, group) * stride;
+        for (int64_t i = 0; i < count; i += 2) {
+            const uint8_t* next = i + 1 < count ? tiles + bytes : tiles;
+            for (int64_t line = 0; line < 2 * bytes; line += 64)
+                _mm_prefetch((const char*)tiles + PREFETCH + line, _MM_HINT_T0);
+            for (int64_t c = 0; c < columns; c++)
+                add_group(tiles, next, words, own + c * WORD_TABLE, stride,
+                          steps[group * columns + c], y + c * FDB_BLOCK_ROWS + i * FDB_TILE_ROWS);
+            tiles = next + bytes;
+        }
+    }
 }
 
 const fdb_kernel fdb_avx2_integer = {"avx2", WORD_TABLE, make_table, NULL, add_block};

@@ -43,8 +43,7 @@ TARGET static float make_table(const float* inputs, int64_t words, int64_t strid
     return step;
 }
 
-/* -- product ------------------------------------------------------------------------------------
- */
+/* -- product -- */
 
 /* Sums in 16 bits: of every byte taken as pairs, and of the odd bytes; 7 low bits, 7 high bits. */
 typedef struct {

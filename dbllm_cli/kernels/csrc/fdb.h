@@ -13,6 +13,7 @@
 #ifndef DBLLM_FDB_H
 #define DBLLM_FDB_H
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -83,6 +84,17 @@ static inline int64_t fdb_block_tiles(const fdb_shape* s, int64_t block) {
 static inline float fdb_step(float largest, int top, float* factor) {
     *factor = largest >= FDB_SMALLEST ? (float)top / largest : 0;
     return largest < FDB_SMALLEST ? 0 : largest / (float)top;
+}
+
+/* Largest magnitude of `count` numbers, NaN if one is not finite; kernels may have a faster one. */
+static inline float fdb_largest_magnitude(const float* x, int64_t count) {
+    float largest = 0, bad = 0;
+    for (int64_t i = 0; i < count; i++) {
+        float magnitude = fabsf(x[i]);
+        largest = magnitude > largest ? magnitude : largest;
+        bad += x[i] * 0.0f;
+    }
+    return largest + bad;
 }
 
 /* One way to make the product, for one instruction set.

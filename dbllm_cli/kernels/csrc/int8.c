@@ -11,14 +11,10 @@ enum { LARGEST = 32767 };
 void int8_quantize(const float* x, int64_t in, int16_t* q, float* steps) {
     for (int64_t first = 0; first < in; first += INT8_STRETCH) {
         int64_t last = in < first + INT8_STRETCH ? in : first + INT8_STRETCH;
-        float largest = 0, bad = 0, factor;
-        for (int64_t i = first; i < last; i++) {
-            float magnitude = fabsf(x[i]);
-            largest = magnitude > largest ? magnitude : largest;
-            bad += x[i] * 0.0f;
-        }
-        *steps++ = fdb_step(largest + bad, LARGEST, &factor);
-        for (int64_t i = first; i < last; i++) q[i] = bad == 0 ? (int16_t)lrintf(x[i] * factor) : 0;
+        float factor, largest = fdb_largest_magnitude(x + first, last - first);
+        *steps++ = fdb_step(largest, LARGEST, &factor);
+        for (int64_t i = first; i < last; i++)
+            q[i] = largest == largest ? (int16_t)lrintf(x[i] * factor) : 0;
     }
 }
 

@@ -14,17 +14,6 @@ enum { WORD_TABLE = 256, LARGEST = 4095, LANES = 4, PARTS = FDB_TILE_ROWS / LANE
 
 /* -- tables ---------------------------------------------------------------------------------- */
 
-/* Largest magnitude of `words` words, NaN if any input is not finite. */
-static float largest_magnitude(const float* x, int64_t words) {
-    float largest = 0, bad = 0;
-    for (int64_t i = 0; i < words * FDB_WORD_INPUTS; i++) {
-        float magnitude = fabsf(x[i]);
-        largest = magnitude > largest ? magnitude : largest;
-        bad += x[i] * 0.0f;
-    }
-    return largest + bad;
-}
-
 /* Tables of one word: quads 0 2 4 6 low 7 bits, the same high, quads 1 3 5 7 low, high. */
 static void word_tables(const float* x, float factor, uint8_t* table) {
     for (int quad = 0; quad < 8; quad++, x += 4) {
@@ -42,14 +31,14 @@ static void word_tables(const float* x, float factor, uint8_t* table) {
 }
 
 static float make_table(const float* inputs, int64_t words, int64_t stride, uint8_t* tables) {
-    float factor, step = fdb_step(largest_magnitude(inputs, words), LARGEST, &factor);
+    float factor,
+        step = fdb_step(fdb_largest_magnitude(inputs, words * FDB_WORD_INPUTS), LARGEST, &factor);
     for (int64_t word = 0; word < words; word++)
         word_tables(inputs + word * FDB_WORD_INPUTS, factor, tables + word * stride);
     return step;
 }
 
-/* -- product ------------------------------------------------------------------------------------
- */
+/* -- product -- */
 
 typedef struct {
     int16x8_t low, high; /* two lanes a row */

@@ -30,8 +30,7 @@ static const struct {
     {"aoti_torch_dtype_float16", &torch.float16},
 };
 
-/* -- work memory: one buffer a thread, as large as the widest layer needs ------------------------
- */
+/* -- work memory: one buffer a thread, as large as the widest layer needs -- */
 
 typedef struct {
     void* memory;
@@ -74,8 +73,7 @@ const char* torch_abi_load(const char* torch_library) {
     return NULL;
 }
 
-/* -- arrays
- * ---------------------------------------------------------------------------------------- */
+/* -- arrays -- */
 
 static size_t element_bytes(element_type type) { return type == FLOAT32 ? 4 : 2; }
 

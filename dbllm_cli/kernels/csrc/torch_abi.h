@@ -57,6 +57,9 @@ void array_write(float* from, int64_t count, float factor, element_type type, ch
 /* The operator of torch_int8.c. */
 void int8_linear_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 
+/* Bytes of a part of work memory, so that the next part is aligned too. */
+static inline size_t work_bytes(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }
+
 /* Memory of the calling thread, 64-byte aligned, kept for its next call. */
 void* work_memory(size_t bytes);
 

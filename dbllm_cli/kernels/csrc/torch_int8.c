@@ -17,12 +17,10 @@ static void make_product(int64_t first, int64_t last, void* context) {
                  last, c->y);
 }
 
-static size_t rounded(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }
-
 static void multiply(call* c, const array* x, int64_t first_row, char* out) {
     int64_t stretches = (c->in + INT8_STRETCH - 1) / INT8_STRETCH;
-    size_t q = rounded(c->in * c->columns * 2), row = rounded(c->in * 4);
-    size_t steps = rounded(stretches * c->columns * 4), y = rounded(c->rows * c->columns * 4);
+    size_t q = work_bytes(c->in * c->columns * 2), row = work_bytes(c->in * 4);
+    size_t steps = work_bytes(stretches * c->columns * 4), y = work_bytes(c->rows * c->columns * 4);
     char* memory = work_memory(q + row + steps + y);
     float lowered[MAX_COLUMNS];
     c->q = (int16_t*)memory;

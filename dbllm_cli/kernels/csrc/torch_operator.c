@@ -24,13 +24,11 @@ static void make_product(int64_t first, int64_t last, void* context) {
                      c->y);
 }
 
-static size_t rounded(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }
-
 static void divide_work_memory(call* c) {
-    size_t tables = rounded(c->words * c->columns * c->kernel->table_bytes);
-    size_t x = rounded(c->words * FDB_WORD_INPUTS * c->columns * 4);
-    size_t steps = rounded(fdb_groups(&c->shape) * c->columns * 4);
-    size_t y = rounded(fdb_blocks(&c->shape) * FDB_BLOCK_ROWS * c->columns * 4);
+    size_t tables = work_bytes(c->words * c->columns * c->kernel->table_bytes);
+    size_t x = work_bytes(c->words * FDB_WORD_INPUTS * c->columns * 4);
+    size_t steps = work_bytes(fdb_groups(&c->shape) * c->columns * 4);
+    size_t y = work_bytes(fdb_blocks(&c->shape) * FDB_BLOCK_ROWS * c->columns * 4);
     char* memory = work_memory(tables + x + steps + y);
     c->tables = (uint8_t*)memory;
     c->x = (float*)(memory + tables);

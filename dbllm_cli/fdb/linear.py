@@ -11,6 +11,8 @@ from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.kernels import TILED_DTYPES, cpu_kernels, fdb_linear, fdb_linear_tiled
 
+_TILED_DEVICES = ("cpu", "meta")
+
 
 def autocast_input(x: Tensor) -> Tensor:
     """`x` in the dtype that nn.Linear would compute in: autocast's where that is on."""
@@ -92,16 +94,15 @@ class FdbLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` to `[..., out]`, in x's dtype, or autocast's where that is on."""
         x = autocast_input(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        tiles, bias = self.tiles, self.bias
+        if bias is not None:
+            bias = bias.to(x.dtype)  # type: ignore[assignment]
         # Accelerate moves buffers without asking the module.
-        compiled = self.tiles is not None and self.tiles.device.type in ("cpu", "meta")
-        if not compiled or x.dtype not in TILED_DTYPES:
+        if tiles is None or tiles.device.type not in _TILED_DEVICES or x.dtype not in TILED_DTYPES:
             weight, alpha = (part.to(x.device) for part in self._planes())
             product: Tensor = fdb_linear(x, weight, alpha, bias, self.group_size)
             return product
-        shape = (self.in_features, self.out_features, self.group_size)
-        assert self.tiles is not None
-        result = fdb_linear_tiled(x, self.tiles, *shape)
+        result = fdb_linear_tiled(x, tiles, self.in_features, self.out_features, self.group_size)
         return result if bias is None else result + bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:

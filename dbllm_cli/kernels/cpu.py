@@ -29,6 +29,10 @@ _OPERATORS.define(
     "fdb_linear_tiled(Tensor x, Tensor tiles, int out_features, int group_size) -> Tensor"
 )
 _OPERATORS.define("int8_linear_cpu(Tensor x, Tensor weight) -> Tensor")
+_OPERATORS.define(
+    "attend_one_cpu(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor"
+)
+_OPERATORS.define("rms_norm_cpu(Tensor x, Tensor weight, float eps) -> Tensor")
 
 
 class CpuKernels:

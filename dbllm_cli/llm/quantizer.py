@@ -10,8 +10,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dbllm_cli.fdb.linear import FdbLinear
+from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks, layer_shape
 from dbllm_cli.llm.embeddings import use_int8_embeddings
+from dbllm_cli.llm.norms import use_cpu_norms
 
 FORMAT_VERSION = 1
 
@@ -86,6 +88,8 @@ class DbllmQuantizer(HfQuantizer):
             for module in model.modules():
                 if isinstance(module, FdbLinear):
                     module.use_cpu_kernels()
+            use_cpu_attention(model)
+            use_cpu_norms(model)
         return model
 
     @property

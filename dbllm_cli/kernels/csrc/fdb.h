@@ -17,6 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "attention.h"
 #include "int8.h"
 
 /* What Python calls; all else stays inside the library. */
@@ -138,7 +139,8 @@ typedef struct {
     const char* name;
     const fdb_kernel* integer;
     const fdb_kernel* exact;
-    int8_sums* int8;
+    int8_rows* int8;
+    attention* attention;
     int (*supported)(void);
 } fdb_instruction_set;
 

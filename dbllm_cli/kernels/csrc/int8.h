@@ -14,38 +14,41 @@ enum {
     INT8_COLUMNS = 4,
 };
 
-/* Sums of INT8_ROWS rows over `count` inputs for `columns` (1 or INT8_COLUMNS) columns, whose
- * integers q lie `stride` apart: sums [column][row]. */
-typedef void int8_sums(const int8_t* const* rows, const int16_t* q, int64_t stride, int64_t count,
-                       int columns, int32_t* sums);
+/* INT8_ROWS rows times `columns` (1 or INT8_COLUMNS) columns of integers q [column][in] and steps
+ * [column][stretch]: y [column][row]. */
+typedef void int8_rows(const int8_t* const* rows, const int16_t* q, const float* steps, int64_t in,
+                       int columns, float* y);
 
-int8_sums int8_sums_portable;
-int8_sums int8_sums_avx2;
-int8_sums int8_sums_avx512;
+int8_rows int8_rows_portable;
+int8_rows int8_rows_avx2;
+int8_rows int8_rows_avx512;
 
 /* x [in] to integers q and steps [ceil(in / INT8_STRETCH)]; NaN where an input is not finite. */
 void int8_quantize(const float* x, int64_t in, int16_t* q, float* steps);
 
 /* y [column][rows] for the rows `first` up to `last`; the same bytes for any division. */
-void int8_product(int8_sums* sums, const uint8_t* weight, const int16_t* q, const float* steps,
+void int8_product(int8_rows* multiply, const uint8_t* weight, const int16_t* q, const float* steps,
                   int64_t in, int64_t columns, int64_t rows, int64_t first, int64_t last, float* y);
 
-/* The sums as a loop that compilers make vectors of. */
-__attribute__((always_inline)) static inline void int8_plain_sums(const int8_t* const* rows,
-                                                                  const int16_t* q, int64_t stride,
-                                                                  int64_t count, int columns,
-                                                                  int32_t* sums) {
-    const int8_t *w0 = rows[0], *w1 = rows[1], *w2 = rows[2], *w3 = rows[3];
-    for (int c = 0; c < columns; c++, q += stride, sums += INT8_ROWS) {
-        int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-        for (int64_t i = 0; i < count; i++) {
-            s0 += w0[i] * q[i];
-            s1 += w1[i] * q[i];
-            s2 += w2[i] * q[i];
-            s3 += w3[i] * q[i];
+static inline int64_t int8_stretches(int64_t in) { return (in + INT8_STRETCH - 1) / INT8_STRETCH; }
+
+/* As loops that compilers make vectors of; row by row, since memory is fastest in its own order. */
+__attribute__((always_inline)) static inline void int8_plain_rows(const int8_t* const* rows,
+                                                                  const int16_t* q,
+                                                                  const float* steps, int64_t in,
+                                                                  int columns, float* y) {
+    for (int r = 0; r < INT8_ROWS; r++)
+        for (int c = 0; c < columns; c++) {
+            const float* step = steps + c * int8_stretches(in);
+            float total = 0;
+            for (int64_t from = 0; from < in; from += INT8_STRETCH) {
+                int64_t to = in < from + INT8_STRETCH ? in : from + INT8_STRETCH;
+                int32_t sum = 0;
+                for (int64_t i = from; i < to; i++) sum += rows[r][i] * q[c * in + i];
+                total += *step++ * (float)sum;
+            }
+            y[c * INT8_ROWS + r] = total;
         }
-        sums[0] = s0, sums[1] = s1, sums[2] = s2, sums[3] = s3;
-    }
 }
 
 #endif

@@ -75,8 +75,6 @@ const char* torch_abi_load(const char* torch_library) {
 
 /* -- arrays -- */
 
-static size_t element_bytes(element_type type) { return type == FLOAT32 ? 4 : 2; }
-
 void array_describe(tensor from, array* to) {
     int64_t *sizes, *strides;
     int32_t dtype;
@@ -100,8 +98,8 @@ static int64_t row_offset(const array* x, int64_t row) {
     return offset;
 }
 
-float array_read_row(const array* x, int64_t row, int64_t count, float* to) {
-    const char* from = x->data + row_offset(x, row) * (int64_t)element_bytes(x->type);
+void array_read(const array* x, int64_t row, int64_t count, float* to) {
+    const char* from = x->data + row_offset(x, row) * array_element_bytes(x);
     int64_t stride = x->strides[x->dim - 1];
     if (x->type == FLOAT32)
         for (int64_t i = 0; i < count; i++) to[i] = ((const float*)from)[i * stride];
@@ -111,7 +109,11 @@ float array_read_row(const array* x, int64_t row, int64_t count, float* to) {
     else
         for (int64_t i = 0; i < count; i++)
             to[i] = fdb_from_float16(((const uint16_t*)from)[i * stride]);
+}
+
+float array_read_lifted(const array* x, int64_t row, int64_t count, float* to) {
     float largest = 0;
+    array_read(x, row, count, to);
     for (int64_t i = 0; i < count; i++) largest = fabsf(to[i]) > largest ? fabsf(to[i]) : largest;
     if (largest >= 0x1p-64f || largest == 0) return 1;
     for (int64_t i = 0; i < count; i++) to[i] *= 0x1p64f;
@@ -130,21 +132,26 @@ void array_write(float* from, int64_t count, float factor, element_type type, ch
         for (int64_t i = 0; i < count; i++) ((uint16_t*)data)[at + i] = fdb_to_float16(from[i]);
 }
 
+tensor array_new(const int64_t* sizes, int64_t dim, element_type type, char** data) {
+    int64_t strides[ARRAY_MAX_DIM], stride = 1;
+    for (int64_t d = dim - 1; d >= 0; d--) {
+        strides[d] = stride;
+        stride *= sizes[d];
+    }
+    int32_t dtype = type == FLOAT32    ? torch.float32()
+                    : type == BFLOAT16 ? torch.bfloat16()
+                                       : torch.float16();
+    tensor result;
+    torch.empty(dim, sizes, strides, dtype, 0, 0, &result);
+    torch.data_ptr(result, (void**)data);
+    return result;
+}
+
 tensor array_like(const array* x, int64_t last, int64_t* rows, char** data) {
-    int64_t sizes[64], strides[64], stride = 1;
+    int64_t sizes[ARRAY_MAX_DIM];
     memcpy(sizes, x->sizes, (size_t)x->dim * sizeof *sizes);
     sizes[x->dim - 1] = last;
     *rows = 1;
-    for (int64_t d = x->dim - 1; d >= 0; d--) {
-        strides[d] = stride;
-        stride *= sizes[d];
-        if (d < x->dim - 1) *rows *= sizes[d];
-    }
-    int32_t type = x->type == FLOAT32    ? torch.float32()
-                   : x->type == BFLOAT16 ? torch.bfloat16()
-                                         : torch.float16();
-    tensor result;
-    torch.empty(x->dim, sizes, strides, type, 0, 0, &result);
-    torch.data_ptr(result, (void**)data);
-    return result;
+    for (int64_t d = 0; d < x->dim - 1; d++) *rows *= sizes[d];
+    return array_new(sizes, x->dim, x->type, data);
 }

@@ -35,27 +35,39 @@ const char* torch_abi_load(const char* torch_library);
 
 typedef enum { FLOAT32, BFLOAT16, FLOAT16 } element_type;
 
+enum { ARRAY_MAX_DIM = 64 };
+
 typedef struct {
     char* data;
     element_type type;
-    int64_t dim, sizes[64], strides[64];
+    int64_t dim, sizes[ARRAY_MAX_DIM], strides[ARRAY_MAX_DIM];
 } array;
 
+static inline int64_t array_element_bytes(const array* x) { return x->type == FLOAT32 ? 4 : 2; }
+
 void array_describe(tensor from, array* to);
+
+/* A contiguous array. */
+tensor array_new(const int64_t* sizes, int64_t dim, element_type type, char** data);
 
 /* A contiguous array of x's type and leading dimensions, with `last` in place of its last. */
 tensor array_like(const array* x, int64_t last, int64_t* rows, char** data);
 
-/* Row `row` of the flattened leading dimensions, as float32, lifted where all of it is so small
- * that steps would be denormal: what to multiply results by. */
-float array_read_row(const array* x, int64_t row, int64_t count, float* to);
+/* Row `row` of the flattened leading dimensions, as float32. */
+void array_read(const array* x, int64_t row, int64_t count, float* to);
+
+/* The same, lifted where all of it is so small that steps would be denormal: what to multiply
+ * results by. */
+float array_read_lifted(const array* x, int64_t row, int64_t count, float* to);
 
 /* Floats times `factor` to elements of a contiguous array; changes them. */
 void array_write(float* from, int64_t count, float factor, element_type type, char* data,
                  int64_t at);
 
-/* The operator of torch_int8.c. */
+/* The operators of torch_attention.c, torch_int8.c and torch_norm.c. */
 void int8_linear_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void attend_one_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void rms_norm_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 
 /* Bytes of a part of work memory, so that the next part is aligned too. */
 static inline size_t work_bytes(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }

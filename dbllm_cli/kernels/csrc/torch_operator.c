@@ -7,11 +7,24 @@
 typedef struct {
     fdb_shape shape;
     const fdb_kernel* kernel;
+    const array* input;
     const uint8_t* tiles;
-    int64_t columns, words;
+    char* out;
+    int64_t first_row, columns, words;
     uint8_t* tables;
     float *x, *steps, *y;
+    float lowered[FDB_MAX_COLUMNS];
 } call;
+
+static void read_columns(int64_t first, int64_t last, void* context) {
+    call* c = context;
+    int64_t padded = c->words * FDB_WORD_INPUTS, inputs = c->shape.in_features;
+    for (int64_t column = first; column < last; column++) {
+        float* x = c->x + column * padded;
+        c->lowered[column] = array_read_lifted(c->input, c->first_row + column, inputs, x);
+        memset(x + inputs, 0, (size_t)(padded - inputs) * sizeof *x);
+    }
+}
 
 static void make_tables(int64_t first, int64_t last, void* context) {
     const call* c = context;
@@ -20,8 +33,16 @@ static void make_tables(int64_t first, int64_t last, void* context) {
 
 static void make_product(int64_t first, int64_t last, void* context) {
     const call* c = context;
+    int64_t outputs = c->shape.out_features;
     fdb_make_product(c->kernel, &c->shape, c->tiles, c->tables, c->steps, c->columns, first, last,
                      c->y);
+    for (int64_t column = 0; column < c->columns; column++)
+        for (int64_t block = first; block < last; block++) {
+            float* y = c->y + (block * c->columns + column) * FDB_BLOCK_ROWS;
+            int64_t at = block * FDB_BLOCK_ROWS;
+            array_write(y, fdb_min(FDB_BLOCK_ROWS, outputs - at), c->lowered[column],
+                        c->input->type, c->out, (c->first_row + column) * outputs + at);
+        }
 }
 
 static void divide_work_memory(call* c) {
@@ -37,31 +58,20 @@ static void divide_work_memory(call* c) {
 }
 
 enum {
-    /* Bytes of tiles, groups of tables: less is not worth waking another thread. */
-    GRAIN_BYTES = 1 << 16,
+    /* Numbers read, groups of tables, bytes of tiles: less is not worth waking another thread. */
+    GRAIN_INPUTS = 1 << 15,
     GRAIN_GROUPS = 64,
+    GRAIN_BYTES = 1 << 16,
 };
 
-static void multiply(call* c, const array* x, int64_t first_row, char* out) {
+static void multiply(call* c) {
     const fdb_shape* shape = &c->shape;
-    int64_t padded = c->words * FDB_WORD_INPUTS, groups = fdb_groups(shape);
-    float lowered[FDB_MAX_COLUMNS];
+    int64_t groups = fdb_groups(shape);
     divide_work_memory(c);
-    for (int64_t column = 0; column < c->columns; column++) {
-        float* to = c->x + column * padded;
-        lowered[column] = array_read_row(x, first_row + column, shape->in_features, to);
-        memset(to + shape->in_features, 0, (size_t)(padded - shape->in_features) * sizeof *to);
-    }
+    torch.parallel_for(0, c->columns, 1 + GRAIN_INPUTS / shape->in_features, read_columns, c);
     torch.parallel_for(0, groups, 1 + GRAIN_GROUPS / c->columns, make_tables, c);
     int64_t block_bytes = FDB_BLOCK_TILES * fdb_tile_bytes(shape, 0, groups) * c->columns;
     torch.parallel_for(0, fdb_blocks(shape), 1 + GRAIN_BYTES / block_bytes, make_product, c);
-    for (int64_t column = 0; column < c->columns; column++)
-        for (int64_t block = 0; block < fdb_blocks(shape); block++) {
-            float* from = c->y + (block * c->columns + column) * FDB_BLOCK_ROWS;
-            int64_t at = block * FDB_BLOCK_ROWS;
-            array_write(from, fdb_min(FDB_BLOCK_ROWS, shape->out_features - at), lowered[column],
-                        x->type, out, (first_row + column) * shape->out_features + at);
-        }
 }
 
 const fdb_instruction_set* fdb_chosen;
@@ -72,16 +82,15 @@ static void fdb_linear_tiled(stable_value* stack, uint64_t inputs, uint64_t outp
     array input, weights;
     array_describe(x, &input);
     array_describe(tiles, &weights);
-    call c = {.tiles = (const uint8_t*)weights.data};
+    call c = {.input = &input, .tiles = (const uint8_t*)weights.data};
     c.shape = (fdb_shape){input.sizes[input.dim - 1], (int64_t)stack[2], (int64_t)stack[3]};
     c.kernel = input.type == FLOAT32 ? fdb_chosen->exact : fdb_chosen->integer;
     c.words = fdb_words_before(&c.shape, fdb_groups(&c.shape));
     int64_t rows;
-    char* data;
-    tensor result = array_like(&input, c.shape.out_features, &rows, &data);
-    for (int64_t row = 0; row < rows; row += FDB_MAX_COLUMNS) {
-        c.columns = fdb_min(FDB_MAX_COLUMNS, rows - row);
-        multiply(&c, &input, row, data);
+    tensor result = array_like(&input, c.shape.out_features, &rows, &c.out);
+    for (; c.first_row < rows; c.first_row += FDB_MAX_COLUMNS) {
+        c.columns = fdb_min(FDB_MAX_COLUMNS, rows - c.first_row);
+        multiply(&c);
     }
     torch.delete_tensor(x);
     torch.delete_tensor(tiles);
@@ -114,7 +123,9 @@ EXPORT const char* dbllm_register(const char* torch_library) {
     if (lacking != NULL) return lacking;
     if (torch.library_init_impl("dbllm", "CPU", __FILE__, __LINE__, &library) ||
         torch.library_impl(library, "fdb_linear_tiled", fdb_linear_tiled) ||
-        torch.library_impl(library, "int8_linear_cpu", int8_linear_cpu))
+        torch.library_impl(library, "int8_linear_cpu", int8_linear_cpu) ||
+        torch.library_impl(library, "attend_one_cpu", attend_one_cpu) ||
+        torch.library_impl(library, "rms_norm_cpu", rms_norm_cpu))
         return "aoti_torch_library_impl";
     return NULL;
 }

@@ -1,0 +1,3 @@
+#include "attention.h"
+
+void attention_portable(const attention_head* head) { attention_any(head); }

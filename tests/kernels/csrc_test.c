@@ -193,6 +193,52 @@ static void check_product(trial t) {
     free(y), free(other), free(t.x);
 }
 
+/* -- attention --------------------------------------------------------------------------------- */
+
+static double score_of(const attention_head *h, int64_t query, int64_t position) {
+    const float *key = (const float *)(h->key + position * h->key_bytes);
+    double sum = 0;
+    for (int64_t i = 0; i < h->dim; i++) sum += (double)h->query[query * h->dim + i] * key[i];
+    return h->mask != NULL && !h->mask[position] ? -INFINITY : sum;
+}
+
+static void compare_attention(const char *name, const attention_head *h) {
+    for (int64_t query = 0; query < h->queries; query++) {
+        double largest = -INFINITY, total = 0;
+        for (int64_t p = 0; p < h->positions; p++) largest = fmax(largest, score_of(h, query, p));
+        for (int64_t p = 0; p < h->positions; p++) total += exp(score_of(h, query, p) - largest);
+        for (int64_t i = 0; i < h->dim; i++) {
+            double expected = 0, found = h->out[query * h->dim + i];
+            for (int64_t p = 0; p < h->positions; p++)
+                expected += exp(score_of(h, query, p) - largest) / total *
+                            ((const float *)(h->value + p * h->value_bytes))[i];
+            if (!(fabs(found - expected) <= 1e-5))
+                FAIL("%s: attention %g, not %g: %ld queries, %ld positions of %ld", name, found,
+                     expected, (long)h->queries, (long)h->positions, (long)h->dim);
+        }
+    }
+}
+
+static void check_attention(const char *name, attention *attend) {
+    static const int64_t dims[] = {1, 8, 15, 16, 33, 64, ATTENTION_MAX_DIM};
+    attention_head h = {.queries = 1 + (int64_t)below(5), .positions = 1 + (int64_t)below(70)};
+    h.dim = PICK(dims);
+    h.key_bytes = h.value_bytes = h.dim * 4;
+    float *key = memory(h.positions * h.key_bytes), *value = memory(h.positions * h.value_bytes);
+    float *query = memory(h.queries * h.dim * 4);
+    uint8_t *mask = memory(h.positions);
+    for (int64_t i = 0; i < h.positions * h.dim; i++)
+        key[i] = (float)uniform(), value[i] = (float)uniform();
+    for (int64_t i = 0; i < h.queries * h.dim; i++) query[i] = (float)uniform();
+    for (int64_t i = 0; i < h.positions; i++) mask[i] = i == 0 || below(2);
+    h.key = (const char *)key, h.value = (const char *)value, h.query = query;
+    h.mask = below(2) ? mask : NULL;
+    h.scores = memory(h.queries * h.positions * 4), h.out = memory(h.queries * h.dim * 4);
+    attend(&h);
+    compare_attention(name, &h);
+    free(key), free(value), free(query), free(mask), free(h.scores), free(h.out);
+}
+
 static void check_instruction_set(const fdb_instruction_set *set) {
     if (!set->supported()) {
         printf("%s: not here\n", set->name);
@@ -211,6 +257,7 @@ static void check_instruction_set(const fdb_instruction_set *set) {
             free_layer(&l);
         }
     }
+    for (int i = 0; i < CASES; i++) check_attention(set->name, set->attention);
     printf("%s: right\n", set->name);
 }
 

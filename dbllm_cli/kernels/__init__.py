@@ -1,15 +1,16 @@
 """The packed product: torch operators, and the routes behind them."""
 
 from dbllm_cli.kernels.attention import attend_one, can_attend_one
+from dbllm_cli.kernels.block import PackedBlock
 from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, cpu_kernels
 from dbllm_cli.kernels.int8 import dequantize_rows, int8_linear, quantize_rows
-from dbllm_cli.kernels.norm import rms_norm
 from dbllm_cli.kernels.operator import fdb_linear, fdb_linear_tiled, has_gpu_kernel
 from dbllm_cli.kernels.reference import dequantize, unpack_planes
 
 __all__ = [
     "REFERENCE",
     "TILED_DTYPES",
+    "PackedBlock",
     "attend_one",
     "can_attend_one",
     "cpu_kernels",
@@ -20,6 +21,5 @@ __all__ = [
     "has_gpu_kernel",
     "int8_linear",
     "quantize_rows",
-    "rms_norm",
     "unpack_planes",
 ]

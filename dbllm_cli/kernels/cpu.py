@@ -32,7 +32,17 @@ _OPERATORS.define("int8_linear_cpu(Tensor x, Tensor weight) -> Tensor")
 _OPERATORS.define(
     "attend_one_cpu(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor"
 )
-_OPERATORS.define("rms_norm_cpu(Tensor x, Tensor weight, float eps) -> Tensor")
+_OPERATORS.define(
+    "block_before_cache(Tensor hidden, Tensor norm, Tensor q, Tensor k, Tensor v, Tensor q_bias,"
+    " Tensor k_bias, Tensor v_bias, Tensor q_norm, Tensor k_norm, Tensor cos, Tensor sin,"
+    " int heads, int key_heads, int head_dim, int group_size, float eps)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_OPERATORS.define(
+    "block_after_cache(Tensor hidden, Tensor query, Tensor key, Tensor value, Tensor mask,"
+    " Tensor o, Tensor norm, Tensor gate, Tensor up, Tensor down, int intermediate, int group_size,"
+    " float eps, float scale) -> Tensor"
+)
 
 
 class CpuKernels:

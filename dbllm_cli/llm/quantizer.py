@@ -12,8 +12,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks, layer_shape
+from dbllm_cli.llm.decoder_blocks import use_block_kernels
 from dbllm_cli.llm.embeddings import use_int8_embeddings
-from dbllm_cli.llm.norms import use_cpu_norms
 
 FORMAT_VERSION = 1
 
@@ -89,7 +89,7 @@ class DbllmQuantizer(HfQuantizer):
                 if isinstance(module, FdbLinear):
                     module.use_cpu_kernels()
             use_cpu_attention(model)
-            use_cpu_norms(model)
+            use_block_kernels(model)
         return model
 
     @property

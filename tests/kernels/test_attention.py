@@ -58,7 +58,10 @@ def test_the_result_is_the_softmax_of_the_scores(
         mask = mask if len(mask) == batch else mask[:1]
         mask[..., -1] = True
     assert can_attend_one(query, key, value, mask)
-    out, expected = attend_one(query, key, value, mask, 0.3), _expected(query, key, value, mask, 0.3)
+    out, expected = (
+        attend_one(query, key, value, mask, 0.3),
+        _expected(query, key, value, mask, 0.3),
+    )
     assert (out.dtype, out.shape) == (dtype, (batch, 1, key_heads * shared, dim))
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 4e-3}[dtype]
     largest = np.abs(value.double().numpy()).max()

@@ -1,9 +1,11 @@
 """Where the time of one decoded token goes, in `model.generate` of transformers.
 
     python tests/peers/token_time.py artifacts/packed-… --threads 2
+    python tests/peers/token_time.py artifacts/packed-… --threads 2 --separate
 
-Every module's forward, the rotation of queries and keys, the attention itself and the cache are
-timed from outside while `generate` writes; what is left is Python between them.
+The operators of whole blocks, or with `--separate` every module's forward, the rotation of queries
+and keys and the attention, are timed from outside while `generate` writes, and the cache too; what
+is left is Python between them.
 """
 
 import argparse
@@ -19,9 +21,10 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dbllm_cli.fdb.linear import FdbLinear
+from dbllm_cli.kernels import PackedBlock
+from dbllm_cli.llm.blocks import find_blocks
 from dbllm_cli.llm.models import load_model
 from dbllm_cli.llm.quantizer import register
-
 
 WHOLE = "forward"
 
@@ -55,13 +58,18 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--separate", action="store_true", help="every module by itself")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     register()
     model = load_model(options.model, torch.bfloat16, "cpu", False)
+    if options.separate:
+        for layer in find_blocks(model).modules:
+            vars(layer).pop("forward", None)
     prompt = torch.randint(1000, (1, options.prompt_tokens))
     plain = min(seconds_per_token(model, prompt, options.tokens) for _ in range(options.repeats))
     watch = Stopwatch()
+    watch_blocks(watch)
     watch_modules(model, watch)
     best: tuple[float, Stopwatch] | None = None
     for _ in range(options.repeats):
@@ -75,10 +83,19 @@ def main() -> None:
     report(plain, *best, options.tokens - 1)
 
 
+def watch_blocks(watch: Stopwatch) -> None:
+    before, after = PackedBlock.before_cache, PackedBlock.after_cache
+    PackedBlock.before_cache = watch.wrap(before, "blocks, before the cache")
+    PackedBlock.after_cache = watch.wrap(after, "blocks, after the cache")
+
+
 def watch_modules(model: GenerationMixin, watch: Stopwatch) -> None:
+    fused = [layer for layer in find_blocks(model).modules if "forward" in vars(layer)]
     for module in model.modules():
         name = kind(module, model)
-        if name is not None:
+        # A hook or another forward inside a block would end its own operators.
+        inside = any(module in layer.modules() for layer in fused)
+        if name is not None and not inside:
             module.forward = watch.wrap(module.forward, name)
     model.forward = watch.wrap(model.forward, WHOLE)
     ours = sys.modules[type(model).__module__]
@@ -128,7 +145,9 @@ def report(plain: float, timed: float, watch: Stopwatch, tokens: int) -> None:
     parts = {name: seconds / tokens for name, seconds in watch.seconds.most_common()}
     for name, share in parts.items():
         print(f"{name:28} {watch.calls[name] / tokens:5.0f} calls {share * 1e3:7.2f} ms")
-    print(f"{'the rest of forward: Python':28} {'':11} {(forward - sum(parts.values())) * 1e3:7.2f} ms")
+    print(
+        f"{'the rest of forward: Python':28} {'':11} {(forward - sum(parts.values())) * 1e3:7.2f} ms"
+    )
     print(f"{'the rest of generate: Python':28} {'':11} {(timed - forward) * 1e3:7.2f} ms")
 
 

@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "activation.h"
 #include "floats.h"
 
 enum { ATTENTION_LANES = 16, ATTENTION_ROWS = 4, ATTENTION_MAX_DIM = 512 };
@@ -28,9 +29,7 @@ attention attention_avx512;
 
 /* -- the loops, which compilers make vectors of -- */
 
-#define ATTENTION_INLINE __attribute__((always_inline)) static inline
-
-ATTENTION_INLINE void attention_load(const char* row, int bfloat16, int64_t dim, float* to) {
+DECODE_INLINE void attention_load(const char* row, int bfloat16, int64_t dim, float* to) {
     if (bfloat16)
         for (int64_t i = 0; i < dim; i++) to[i] = fdb_from_bfloat16(((const uint16_t*)row)[i]);
     else
@@ -41,7 +40,7 @@ typedef float attention_lanes __attribute__((vector_size(ATTENTION_LANES * 4)));
 typedef float attention_half __attribute__((vector_size(ATTENTION_LANES * 2)));
 typedef float attention_quarter __attribute__((vector_size(ATTENTION_LANES)));
 
-ATTENTION_INLINE float attention_sum(attention_lanes lanes) {
+DECODE_INLINE float attention_sum(attention_lanes lanes) {
     attention_half halves[2];
     attention_quarter quarters[2];
     memcpy(halves, &lanes, sizeof lanes);
@@ -51,13 +50,13 @@ ATTENTION_INLINE float attention_sum(attention_lanes lanes) {
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
-ATTENTION_INLINE attention_lanes attention_load_lanes(const float* from) {
+DECODE_INLINE attention_lanes attention_load_lanes(const float* from) {
     attention_lanes lanes;
     memcpy(&lanes, from, sizeof lanes);
     return lanes;
 }
 
-ATTENTION_INLINE float attention_dot(const float* x, const float* y, int64_t dim) {
+DECODE_INLINE float attention_dot(const float* x, const float* y, int64_t dim) {
     attention_lanes sums = {0};
     float rest = 0;
     int64_t i = 0;
@@ -67,24 +66,7 @@ ATTENTION_INLINE float attention_dot(const float* x, const float* y, int64_t dim
     return attention_sum(sums) + rest;
 }
 
-/* e^x for x <= 0, NaN for NaN, within 2e-7 of itself; 0 far below. */
-ATTENTION_INLINE float attention_exp(float x) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    float clamped = x < -87.0f ? -87.0f : x;
-    float shifted = clamped * 1.44269504f + magic, n = shifted - magic;
-    float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691e-4f;
-    p = p * r + 1.3981999e-3f;
-    p = p * r + 8.3334519e-3f;
-    p = p * r + 4.1665796e-2f;
-    p = p * r + 1.6666665e-1f;
-    p = p * r + 5.0000001e-1f;
-    p = p * r * r + r + 1.0f;
-    float power = fdb_float_of((fdb_bits_of(shifted) + 127u) << 23);
-    return x < -87.0f ? 0.0f : p * power;
-}
-
-ATTENTION_INLINE float attention_largest(const float* scores, int64_t count) {
+DECODE_INLINE float attention_largest(const float* scores, int64_t count) {
     float lanes[ATTENTION_LANES], largest = -INFINITY;
     int64_t i = 0;
     for (int lane = 0; lane < ATTENTION_LANES; lane++) lanes[lane] = -INFINITY;
@@ -98,11 +80,11 @@ ATTENTION_INLINE float attention_largest(const float* scores, int64_t count) {
 }
 
 /* Scores to weights that are not yet divided by their sum, which is returned. */
-ATTENTION_INLINE float attention_weights(float* scores, int64_t count) {
+DECODE_INLINE float attention_weights(float* scores, int64_t count) {
     attention_lanes sums = {0};
     float largest = attention_largest(scores, count), rest = 0;
     if (largest == -INFINITY) largest = 0; /* all hidden, or NaN */
-    for (int64_t i = 0; i < count; i++) scores[i] = attention_exp(scores[i] - largest);
+    for (int64_t i = 0; i < count; i++) scores[i] = decode_exp(scores[i] - largest);
     int64_t i = 0;
     for (; i + ATTENTION_LANES <= count; i += ATTENTION_LANES)
         sums += attention_load_lanes(scores + i);
@@ -110,7 +92,7 @@ ATTENTION_INLINE float attention_weights(float* scores, int64_t count) {
     return attention_sum(sums) + rest;
 }
 
-ATTENTION_INLINE void attention_of(const attention_head* h, int bfloat16) {
+DECODE_INLINE void attention_of(const attention_head* h, int bfloat16) {
     float rows[ATTENTION_ROWS][ATTENTION_MAX_DIM];
     int64_t dim = h->dim, positions = h->positions;
     for (int64_t p = 0; p < positions; p++) {
@@ -143,7 +125,7 @@ ATTENTION_INLINE void attention_of(const attention_head* h, int bfloat16) {
         for (int64_t i = 0; i < dim; i++) h->out[q * dim + i] /= totals[q] == 0 ? 1 : totals[q];
 }
 
-ATTENTION_INLINE void attention_any(const attention_head* h) {
+DECODE_INLINE void attention_any(const attention_head* h) {
     if (h->bfloat16)
         attention_of(h, 1);
     else

@@ -17,6 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "activation.h"
 #include "attention.h"
 #include "int8.h"
 
@@ -141,6 +142,7 @@ typedef struct {
     const fdb_kernel* exact;
     int8_rows* int8;
     attention* attention;
+    gated_activation* gated_silu;
     int (*supported)(void);
 } fdb_instruction_set;
 

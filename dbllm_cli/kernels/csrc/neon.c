@@ -92,10 +92,15 @@ static void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables, 
 
 static int supported(void) { return 1; }
 static const fdb_kernel integer = {"neon", WORD_TABLE, make_table, add_tile, NULL};
-const fdb_instruction_set fdb_neon = {
-    "neon", &integer, &fdb_portable_exact, int8_rows_portable, attention_portable, supported};
+const fdb_instruction_set fdb_neon = {"neon",
+                                      &integer,
+                                      &fdb_portable_exact,
+                                      int8_rows_portable,
+                                      attention_portable,
+                                      gated_silu_portable,
+                                      supported};
 
 #else
 static int supported(void) { return 0; }
-const fdb_instruction_set fdb_neon = {"neon", 0, 0, 0, 0, supported};
+const fdb_instruction_set fdb_neon = {"neon", 0, 0, 0, 0, 0, supported};
 #endif

@@ -56,6 +56,10 @@ static void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables, 
 static int always(void) { return 1; }
 
 const fdb_kernel fdb_portable_exact = {"portable", WORD_TABLE, make_table, add_tile, NULL};
-const fdb_instruction_set fdb_portable = {"portable",          &fdb_portable_exact,
-                                          &fdb_portable_exact, int8_rows_portable,
-                                          attention_portable,  always};
+const fdb_instruction_set fdb_portable = {"portable",
+                                          &fdb_portable_exact,
+                                          &fdb_portable_exact,
+                                          int8_rows_portable,
+                                          attention_portable,
+                                          gated_silu_portable,
+                                          always};

@@ -30,7 +30,7 @@ static const struct {
     {"aoti_torch_dtype_float16", &torch.float16},
 };
 
-/* -- work memory: one buffer a thread, as large as the widest layer needs -- */
+/* -- work memory: buffers of a thread, as large as the widest layer needs -- */
 
 typedef struct {
     void* memory;
@@ -40,25 +40,26 @@ typedef struct {
 static pthread_key_t work_key;
 
 static void free_work(void* pointer) {
-    work_buffer* work = pointer;
-    free(work->memory);
-    free(work);
+    work_buffer* buffers = pointer;
+    for (int use = 0; use < WORK_USES; use++) free(buffers[use].memory);
+    free(buffers);
 }
 
-void* work_memory(size_t bytes) {
-    work_buffer* work = pthread_getspecific(work_key);
-    if (work == NULL) {
-        work = calloc(1, sizeof *work);
-        if (work == NULL) abort();
-        pthread_setspecific(work_key, work);
+void* work_memory(work_use use, size_t bytes) {
+    work_buffer* buffers = pthread_getspecific(work_key);
+    if (buffers == NULL) {
+        buffers = calloc(WORK_USES, sizeof *buffers);
+        if (buffers == NULL) abort();
+        pthread_setspecific(work_key, buffers);
     }
-    if (work->bytes < bytes) {
-        free(work->memory);
-        work->memory = aligned_alloc(64, bytes);
-        if (work->memory == NULL) abort();
-        work->bytes = bytes;
+    work_buffer* own = &buffers[use];
+    if (own->bytes < bytes) {
+        free(own->memory);
+        own->memory = aligned_alloc(64, bytes);
+        if (own->memory == NULL) abort();
+        own->bytes = bytes;
     }
-    return work->memory;
+    return own->memory;
 }
 
 const char* torch_abi_load(const char* torch_library) {
@@ -111,12 +112,11 @@ void array_read(const array* x, int64_t row, int64_t count, float* to) {
             to[i] = fdb_from_float16(((const uint16_t*)from)[i * stride]);
 }
 
-float array_read_lifted(const array* x, int64_t row, int64_t count, float* to) {
+float array_lift(float* x, int64_t count) {
     float largest = 0;
-    array_read(x, row, count, to);
-    for (int64_t i = 0; i < count; i++) largest = fabsf(to[i]) > largest ? fabsf(to[i]) : largest;
+    for (int64_t i = 0; i < count; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
     if (largest >= 0x1p-64f || largest == 0) return 1;
-    for (int64_t i = 0; i < count; i++) to[i] *= 0x1p64f;
+    for (int64_t i = 0; i < count; i++) x[i] *= 0x1p64f;
     return 0x1p-64f;
 }
 

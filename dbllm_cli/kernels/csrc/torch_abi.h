@@ -56,23 +56,27 @@ tensor array_like(const array* x, int64_t last, int64_t* rows, char** data);
 /* Row `row` of the flattened leading dimensions, as float32. */
 void array_read(const array* x, int64_t row, int64_t count, float* to);
 
-/* The same, lifted where all of it is so small that steps would be denormal: what to multiply
+/* Makes numbers larger where all are so small that steps would be denormal: what to multiply
  * results by. */
-float array_read_lifted(const array* x, int64_t row, int64_t count, float* to);
+float array_lift(float* x, int64_t count);
 
 /* Floats times `factor` to elements of a contiguous array; changes them. */
 void array_write(float* from, int64_t count, float factor, element_type type, char* data,
                  int64_t at);
 
-/* The operators of torch_attention.c, torch_int8.c and torch_norm.c. */
-void int8_linear_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
+/* The operators of torch_attention.c, torch_block.c and torch_int8.c. */
 void attend_one_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
-void rms_norm_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void block_after_cache(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void block_before_cache(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void int8_linear_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 
 /* Bytes of a part of work memory, so that the next part is aligned too. */
 static inline size_t work_bytes(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }
 
+/* Who may hold work memory at the same time. */
+typedef enum { WORK_INPUTS, WORK_ATTENTION, WORK_PRODUCTS, WORK_USES } work_use;
+
 /* Memory of the calling thread, 64-byte aligned, kept for its next call. */
-void* work_memory(size_t bytes);
+void* work_memory(work_use use, size_t bytes);
 
 #endif

@@ -1,33 +1,27 @@
 /* dbllm::attend_one_cpu(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor
  */
+#include "torch_attention.h"
+
 #include <string.h>
 
-#include "attention.h"
 #include "fdb.h"
-#include "torch_abi.h"
 
-enum { QUERY, KEY, VALUE, MASK, ARGUMENTS };
 enum { GRAIN = 1 << 15 }; /* multiplications: less is not worth waking another thread */
-
-typedef struct {
-    array in[ARGUMENTS];
-    int64_t shared; /* heads of queries for one of keys */
-    float *query, *scores, *out;
-} call;
 
 static const char* head_of(const array* x, int64_t sequence, int64_t head) {
     return x->data + (sequence * x->strides[0] + head * x->strides[1]) * array_element_bytes(x);
 }
 
 static void attend(int64_t first, int64_t last, void* context) {
-    const call* c = context;
-    const array *key = &c->in[KEY], *value = &c->in[VALUE], *mask = &c->in[MASK];
+    const attention_call* c = context;
+    const array *key = &c->key, *value = &c->value, *mask = &c->mask;
     int64_t heads = key->sizes[1], positions = key->sizes[2], dim = key->sizes[3];
+    int64_t shared = c->heads / heads;
     for (int64_t i = first; i < last; i++) {
-        int64_t sequence = i / heads, head = i % heads, at = i * c->shared;
+        int64_t sequence = i / heads, head = i % heads, at = i * shared;
         attention_head h = {
             .bfloat16 = key->type == BFLOAT16,
-            .queries = c->shared,
+            .queries = shared,
             .positions = positions,
             .dim = dim,
             .key = head_of(key, sequence, head),
@@ -44,29 +38,33 @@ static void attend(int64_t first, int64_t last, void* context) {
     }
 }
 
-/* query [batch][heads][1][dim] -> [batch][1][heads][dim] */
+void attention_run(attention_call* c) {
+    int64_t key_heads = c->key.sizes[1], positions = c->key.sizes[2], dim = c->key.sizes[3];
+    c->scores = work_memory(WORK_ATTENTION, work_bytes(c->batch * c->heads * positions * 4));
+    int64_t work = c->heads / key_heads * positions * dim;
+    torch.parallel_for(0, c->batch * key_heads, 1 + GRAIN / work, attend, c);
+}
+
 void attend_one_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    call c;
+    array query;
+    attention_call c;
     double scale;
-    memcpy(&scale, &stack[ARGUMENTS], sizeof scale);
-    for (int i = 0; i < ARGUMENTS; i++) array_describe((tensor)stack[i], &c.in[i]);
-    array *query = &c.in[QUERY], *key = &c.in[KEY];
-    int64_t batch = query->sizes[0], heads = query->sizes[1], dim = query->sizes[3];
-    int64_t tasks = batch * key->sizes[1], positions = key->sizes[2];
-    c.shared = heads / key->sizes[1];
-    size_t vectors = work_bytes(batch * heads * dim * 4);
-    char* memory = work_memory(2 * vectors + work_bytes(batch * heads * positions * 4));
-    c.query = (float*)memory;
-    c.out = (float*)(memory + vectors);
-    c.scores = (float*)(memory + 2 * vectors);
-    for (int64_t i = 0; i < batch * heads; i++) array_read(query, i, dim, c.query + i * dim);
-    for (int64_t i = 0; i < batch * heads * dim; i++) c.query[i] *= (float)scale;
-    torch.parallel_for(0, tasks, 1 + GRAIN / (c.shared * positions * dim), attend, &c);
-    int64_t sizes[] = {batch, 1, heads, dim};
     char* data;
-    tensor result = array_new(sizes, 4, query->type, &data);
-    array_write(c.out, batch * heads * dim, 1, query->type, data, 0);
-    for (int i = 0; i < ARGUMENTS; i++) torch.delete_tensor((tensor)stack[i]);
+    memcpy(&scale, &stack[4], sizeof scale);
+    array_describe((tensor)stack[0], &query);
+    array_describe((tensor)stack[1], &c.key);
+    array_describe((tensor)stack[2], &c.value);
+    array_describe((tensor)stack[3], &c.mask);
+    c.batch = query.sizes[0], c.heads = query.sizes[1];
+    int64_t rows = c.batch * c.heads, dim = query.sizes[3];
+    float* own = work_memory(WORK_INPUTS, work_bytes(2 * rows * dim * 4));
+    for (int64_t i = 0; i < rows; i++) array_read(&query, i, dim, own + i * dim);
+    for (int64_t i = 0; i < rows * dim; i++) own[i] *= (float)scale;
+    c.query = own, c.out = own + rows * dim;
+    attention_run(&c);
+    tensor result = array_new((int64_t[]){c.batch, 1, c.heads, dim}, 4, query.type, &data);
+    array_write(c.out, rows * dim, 1, query.type, data, 0);
+    for (int i = 0; i < 4; i++) torch.delete_tensor((tensor)stack[i]);
     stack[0] = (stable_value)result;
 }

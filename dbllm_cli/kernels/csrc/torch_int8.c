@@ -21,14 +21,15 @@ static void multiply(call* c, const array* x, int64_t first_row, char* out) {
     int64_t stretches = int8_stretches(c->in);
     size_t q = work_bytes(c->in * c->columns * 2), row = work_bytes(c->in * 4);
     size_t steps = work_bytes(stretches * c->columns * 4), y = work_bytes(c->rows * c->columns * 4);
-    char* memory = work_memory(q + row + steps + y);
+    char* memory = work_memory(WORK_INPUTS, q + row + steps + y);
     float lowered[MAX_COLUMNS];
     c->q = (int16_t*)memory;
     c->x = (float*)(memory + q);
     c->steps = (float*)(memory + q + row);
     c->y = (float*)(memory + q + row + steps);
     for (int64_t column = 0; column < c->columns; column++) {
-        lowered[column] = array_read_lifted(x, first_row + column, c->in, c->x);
+        array_read(x, first_row + column, c->in, c->x);
+        lowered[column] = array_lift(c->x, c->in);
         int8_quantize(c->x, c->in, c->q + column * c->in, c->steps + column * stretches);
     }
     torch.parallel_for(0, c->rows, 1 + GRAIN_BYTES / (c->in * c->columns), make_product, c);

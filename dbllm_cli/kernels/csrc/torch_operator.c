@@ -1,80 +1,27 @@
 /* dbllm::fdb_linear_tiled(Tensor x, Tensor tiles, int out_features, int group_size) -> Tensor */
 #include <string.h>
 
-#include "fdb.h"
-#include "torch_abi.h"
+#include "torch_products.h"
+
+const fdb_instruction_set* fdb_chosen;
+
+enum { GRAIN_INPUTS = 1 << 15 }; /* numbers read: less is not worth waking another thread */
 
 typedef struct {
-    fdb_shape shape;
-    const fdb_kernel* kernel;
     const array* input;
-    const uint8_t* tiles;
-    char* out;
-    int64_t first_row, columns, words;
-    uint8_t* tables;
-    float *x, *steps, *y;
-    float lowered[FDB_MAX_COLUMNS];
+    int64_t first_row;
+    products products;
 } call;
 
 static void read_columns(int64_t first, int64_t last, void* context) {
-    call* c = context;
-    int64_t padded = c->words * FDB_WORD_INPUTS, inputs = c->shape.in_features;
+    const call* c = context;
+    int64_t inputs = c->products.in_features, row = products_row(inputs);
     for (int64_t column = first; column < last; column++) {
-        float* x = c->x + column * padded;
-        c->lowered[column] = array_read_lifted(c->input, c->first_row + column, inputs, x);
-        memset(x + inputs, 0, (size_t)(padded - inputs) * sizeof *x);
+        float* x = c->products.x + column * row;
+        array_read(c->input, c->first_row + column, inputs, x);
+        memset(x + inputs, 0, (size_t)(row - inputs) * sizeof *x);
     }
 }
-
-static void make_tables(int64_t first, int64_t last, void* context) {
-    const call* c = context;
-    fdb_make_tables(c->kernel, &c->shape, c->x, c->columns, first, last, c->tables, c->steps);
-}
-
-static void make_product(int64_t first, int64_t last, void* context) {
-    const call* c = context;
-    int64_t outputs = c->shape.out_features;
-    fdb_make_product(c->kernel, &c->shape, c->tiles, c->tables, c->steps, c->columns, first, last,
-                     c->y);
-    for (int64_t column = 0; column < c->columns; column++)
-        for (int64_t block = first; block < last; block++) {
-            float* y = c->y + (block * c->columns + column) * FDB_BLOCK_ROWS;
-            int64_t at = block * FDB_BLOCK_ROWS;
-            array_write(y, fdb_min(FDB_BLOCK_ROWS, outputs - at), c->lowered[column],
-                        c->input->type, c->out, (c->first_row + column) * outputs + at);
-        }
-}
-
-static void divide_work_memory(call* c) {
-    size_t tables = work_bytes(c->words * c->columns * c->kernel->table_bytes);
-    size_t x = work_bytes(c->words * FDB_WORD_INPUTS * c->columns * 4);
-    size_t steps = work_bytes(fdb_groups(&c->shape) * c->columns * 4);
-    size_t y = work_bytes(fdb_blocks(&c->shape) * FDB_BLOCK_ROWS * c->columns * 4);
-    char* memory = work_memory(tables + x + steps + y);
-    c->tables = (uint8_t*)memory;
-    c->x = (float*)(memory + tables);
-    c->steps = (float*)(memory + tables + x);
-    c->y = (float*)(memory + tables + x + steps);
-}
-
-enum {
-    /* Numbers read, groups of tables, bytes of tiles: less is not worth waking another thread. */
-    GRAIN_INPUTS = 1 << 15,
-    GRAIN_GROUPS = 64,
-    GRAIN_BYTES = 1 << 16,
-};
-
-static void multiply(call* c) {
-    const fdb_shape* shape = &c->shape;
-    int64_t groups = fdb_groups(shape);
-    divide_work_memory(c);
-    torch.parallel_for(0, c->columns, 1 + GRAIN_INPUTS / shape->in_features, read_columns, c);
-    torch.parallel_for(0, groups, 1 + GRAIN_GROUPS / c->columns, make_tables, c);
-    int64_t block_bytes = FDB_BLOCK_TILES * fdb_tile_bytes(shape, 0, groups) * c->columns;
-    torch.parallel_for(0, fdb_blocks(shape), 1 + GRAIN_BYTES / block_bytes, make_product, c);
-}
-
-const fdb_instruction_set* fdb_chosen;
 
 static void fdb_linear_tiled(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
@@ -82,15 +29,26 @@ static void fdb_linear_tiled(stable_value* stack, uint64_t inputs, uint64_t outp
     array input, weights;
     array_describe(x, &input);
     array_describe(tiles, &weights);
-    call c = {.input = &input, .tiles = (const uint8_t*)weights.data};
-    c.shape = (fdb_shape){input.sizes[input.dim - 1], (int64_t)stack[2], (int64_t)stack[3]};
-    c.kernel = input.type == FLOAT32 ? fdb_chosen->exact : fdb_chosen->integer;
-    c.words = fdb_words_before(&c.shape, fdb_groups(&c.shape));
-    int64_t rows;
-    tensor result = array_like(&input, c.shape.out_features, &rows, &c.out);
+    call c = {.input = &input};
+    products* p = &c.products;
+    *p = (products){
+        .kernel = input.type == FLOAT32 ? fdb_chosen->exact : fdb_chosen->integer,
+        .in_features = input.sizes[input.dim - 1],
+        .group_size = (int64_t)stack[3],
+        .type = input.type,
+        .count = 1,
+        .matrix = {{.tiles = (const uint8_t*)weights.data, .out_features = (int64_t)stack[2]}},
+    };
+    int64_t rows, out_row = p->matrix[0].out_features * array_element_bytes(&input);
+    char* out;
+    tensor result = array_like(&input, p->matrix[0].out_features, &rows, &out);
+    int64_t most = fdb_min(rows, FDB_MAX_COLUMNS);
+    p->x = work_memory(WORK_INPUTS, work_bytes(most * products_row(p->in_features) * 4));
     for (; c.first_row < rows; c.first_row += FDB_MAX_COLUMNS) {
-        c.columns = fdb_min(FDB_MAX_COLUMNS, rows - c.first_row);
-        multiply(&c);
+        p->columns = fdb_min(FDB_MAX_COLUMNS, rows - c.first_row);
+        p->matrix[0].out = out + c.first_row * out_row;
+        torch.parallel_for(0, p->columns, 1 + GRAIN_INPUTS / p->in_features, read_columns, &c);
+        products_multiply(p);
     }
     torch.delete_tensor(x);
     torch.delete_tensor(tiles);
@@ -125,7 +83,8 @@ EXPORT const char* dbllm_register(const char* torch_library) {
         torch.library_impl(library, "fdb_linear_tiled", fdb_linear_tiled) ||
         torch.library_impl(library, "int8_linear_cpu", int8_linear_cpu) ||
         torch.library_impl(library, "attend_one_cpu", attend_one_cpu) ||
-        torch.library_impl(library, "rms_norm_cpu", rms_norm_cpu))
+        torch.library_impl(library, "block_before_cache", block_before_cache) ||
+        torch.library_impl(library, "block_after_cache", block_after_cache))
         return "aoti_torch_library_impl";
     return NULL;
 }

@@ -1,3 +1,0 @@
-#include "attention.h"
-
-void attention_portable(const attention_head* head) { attention_any(head); }

@@ -1,0 +1,189 @@
+"""Decoding with the kernels of attention and of whole blocks, against transformers' own."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dbllm_cli.fdb.linear import FdbLinear
+from dbllm_cli.kernels import cpu_kernels
+from dbllm_cli.llm.attention import NAME, use_cpu_attention
+from dbllm_cli.llm.blocks import find_blocks
+from dbllm_cli.llm.decoder_blocks import use_block_kernels
+from dbllm_cli.llm.quantizer import convert_layers
+from tests.tiny_models import FAMILIES, build_model
+
+pytestmark = pytest.mark.skipif(cpu_kernels() is None, reason="the CPU kernels are not compiled")
+
+_LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def _packed(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of random planes, without the kernels' attention and blocks."""
+    model = build_model(FAMILIES[family]()).requires_grad_(False)
+    biases = {name: bias for name, bias in model.named_parameters() if name.endswith(".bias")}
+    convert_layers(model, 32, [])
+    generator = torch.Generator().manual_seed(1)
+    for name, layer in model.named_modules():
+        if isinstance(layer, FdbLinear):
+            assert layer.weight is not None
+            assert layer.alpha is not None
+            layer.weight.random_(0, 256, generator=generator)
+            layer.alpha.uniform_(0.05, 0.2, generator=generator)
+            layer.alpha[1] *= -1
+            if layer.bias is not None:
+                layer.bias.data = biases[f"{name}.bias"].data
+            layer.use_cpu_kernels()
+    return model.to(dtype)  # type: ignore[no-any-return, arg-type]
+
+
+def _served(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model = _packed(family, dtype)
+    use_cpu_attention(model)
+    use_block_kernels(model)
+    return model
+
+
+def _logits(model: PreTrainedModel, **options: Any) -> Tensor:
+    """Of generated tokens that follow two prompts, one padded on the left."""
+    prompts = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    seen = torch.ones_like(prompts)
+    seen[1, :4] = 0
+    written: Any = model.generate(  # type: ignore[operator]
+        prompts,
+        attention_mask=seen,
+        max_new_tokens=12,
+        min_new_tokens=12,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
+        **options,
+    )
+    return torch.stack(written.logits)
+
+
+def _same(logits: Tensor, expected: Tensor, tolerance: float = 1e-3) -> bool:
+    return bool((logits - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _fused(model: PreTrainedModel) -> int:
+    return sum("forward" in vars(layer) for layer in find_blocks(model).modules)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_generation_gives_the_logits_of_transformers_own_operators(family: str, cache: str) -> None:
+    options = {"cache_implementation": cache, "disable_compile": True}
+    model = _served(family)
+    assert model.config._attn_implementation in (NAME, "eager")
+    assert _fused(model) == (2 if family.partition("-")[0] in _LLAMA_LIKE else 0)
+    assert _same(_logits(model, **options), _logits(_packed(family), **options))
+
+
+@pytest.mark.parametrize("family", _LLAMA_LIKE)
+def test_in_bfloat16_the_logits_are_at_least_as_near_to_float32(family: str) -> None:
+    expected = _logits(_packed(family))
+    served, plain = (_logits(f(family, torch.bfloat16)) for f in (_served, _packed))
+    # After the first token that differs the sequences have nothing in common.
+    nearest = [(logits[0].float() - expected[0]).norm() for logits in (served, plain)]
+    assert nearest[0] <= 1.2 * nearest[1]
+
+
+def test_a_token_is_decoded_by_the_operators_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _served("llama")
+    monkeypatch.setattr(FdbLinear, "forward", lambda self, x: x.new_full((), torch.nan))
+    prompt = torch.ones(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        # A prompt of one token: every packed layer is inside an operator.
+        assert model(input_ids=prompt, use_cache=True).logits.isfinite().all()
+
+
+def test_an_adapter_in_the_place_of_a_layer_is_used() -> None:
+    class Doubling(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            doubled: Tensor = 2 * self.layer(x)
+            return doubled
+
+    models = [_served("llama"), _packed("llama")]
+    for model in models:
+        attention = find_blocks(model).modules[0].get_submodule("self_attn")
+        attention.q_proj = Doubling(attention.get_submodule("q_proj"))
+    logits, expected = map(_logits, models)
+    assert _same(logits, expected)
+    assert not _same(logits, _logits(_packed("llama")))
+
+
+def test_a_hook_of_a_layer_sees_every_token() -> None:
+    model = _served("llama")
+    seen = []
+    layer = find_blocks(model).modules[1].get_submodule("mlp.up_proj")
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    _logits(model)
+    assert len(seen) == 12
+
+
+def test_gradients_reach_the_embeddings_of_one_token() -> None:
+    model = _served("llama")
+    embedding = model.get_input_embeddings()
+    vectors = embedding(torch.ones(1, 1, dtype=torch.long)).detach().requires_grad_()
+    model(inputs_embeds=vectors, use_cache=True).logits.sum().backward()
+    assert vectors.grad is not None
+
+
+def test_weights_that_are_loaded_later_are_used() -> None:
+    model, other = _served("llama"), _packed("llama")
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    for name, tensor in state.items():
+        if name.endswith(("alpha", "norm.weight")):
+            tensor.mul_(1.5)
+    model.load_state_dict(state)
+    other.load_state_dict(state)
+    assert _same(_logits(model), _logits(other))
+
+
+def test_a_copy_of_the_model_is_independent() -> None:
+    model = _served("llama")
+    expected = _logits(model)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert torch.equal(_logits(twin), expected)
+
+
+def test_a_block_that_scales_its_residual_keeps_its_own_forward() -> None:
+    model = _packed("llama")
+    use_cpu_attention(model)
+    first = find_blocks(model).modules[0]
+    plain = type(first)
+
+    class Scaled(plain):  # type: ignore[valid-type, misc]
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            after: Tensor = super().forward(hidden_states, **kwargs)
+            return hidden_states + 0.9 * (after - hidden_states)
+
+    first.__class__ = Scaled
+    use_block_kernels(model)
+    assert _fused(model) == 1
+
+
+def test_an_attention_that_the_user_chose_stays() -> None:
+    model = _packed("llama")
+    model.set_attn_implementation("eager")
+    use_cpu_attention(model)
+    use_block_kernels(model)
+    assert model.config._attn_implementation == "eager"
+    assert _fused(model) == 0
+
+
+def test_the_choice_of_attention_is_not_saved_with_the_model(tmp_path: Path) -> None:
+    _served("llama").config.save_pretrained(tmp_path)
+    assert NAME not in (tmp_path / "config.json").read_text()

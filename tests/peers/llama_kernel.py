@@ -57,6 +57,7 @@ class LlamaProduct:
         repacked: bool,
     ) -> None:
         self._shape = out, inputs, columns
+        self.repacked = repacked
         self._child = LineChild([str(python), str(Path(__file__))], openmp_settings(threads))
         self._child.send(
             json.dumps(

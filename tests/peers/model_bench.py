@@ -17,7 +17,7 @@ from pathlib import Path
 
 from line_child import LineChild
 
-DENSE, PACKED, LLAMA = "dense bfloat16, transformers", "packed, transformers", "Q2_K, llama.cpp"
+DENSE, PACKED, LLAMA = "dense bfloat16, transformers", "packed, transformers", "GGUF, llama.cpp"
 # Threads that wait for each other at barriers come to a standstill where others take a core.
 TRIES, MOST_DISTURBED = 4, 0.05
 Row = dict[str, object]

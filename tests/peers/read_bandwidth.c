@@ -5,34 +5,40 @@
 
 typedef struct {
     const uint64_t *from;
-    size_t count;
+    size_t count, ahead;
     uint64_t sum;
 } part;
 
 #if defined(__x86_64__)
 __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
-static uint64_t read_all(const uint64_t *from, size_t count) {
+static uint64_t read_all(const uint64_t *from, size_t count, size_t ahead) {
     uint64_t sums[32] = {0}, sum = 0;
-    for (size_t i = 0; i + 32 <= count; i += 32)
+    for (size_t i = 0; i + 32 <= count; i += 32) {
+        if (ahead)
+            for (int line = 0; line < 4; line++)
+                __builtin_prefetch((const char *)(from + i) + ahead + line * 64);
         for (int lane = 0; lane < 32; lane++) sums[lane] ^= from[i + lane];
+    }
     for (int lane = 0; lane < 32; lane++) sum ^= sums[lane];
     return sum;
 }
 
 static void *work(void *argument) {
     part *p = argument;
-    p->sum = read_all(p->from, p->count);
+    p->sum = read_all(p->from, p->count, p->ahead);
     return NULL;
 }
 
-uint64_t read_memory(const uint64_t *from, size_t count, int threads) {
+/* `count` numbers; prefetching `ahead` bytes, or not for 0. */
+uint64_t read_memory(const uint64_t *from, size_t count, size_t ahead, int threads) {
     part parts[64];
     pthread_t started[64];
     uint64_t sum = 0;
     for (int i = 0; i < threads; i++) {
         size_t first = count / threads * i;
-        parts[i] = (part){from + first, i + 1 < threads ? count / threads : count - first, 0};
+        size_t own = i + 1 < threads ? count / threads : count - first;
+        parts[i] = (part){from + first, own, ahead, 0};
         if (i > 0) pthread_create(&started[i], NULL, work, &parts[i]);
     }
     work(&parts[0]);

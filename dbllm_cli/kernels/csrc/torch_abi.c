@@ -24,6 +24,7 @@ static const struct {
     {"aoti_torch_get_strides", &torch.strides},
     {"aoti_torch_get_dtype", &torch.dtype},
     {"aoti_torch_empty_strided", &torch.empty},
+    {"torch_get_num_threads", &torch.threads},
     {"torch_parallel_for", &torch.parallel_for},
     {"aoti_torch_dtype_float32", &torch.float32},
     {"aoti_torch_dtype_bfloat16", &torch.bfloat16},

@@ -22,6 +22,7 @@ typedef struct {
     int32_t (*strides)(tensor, int64_t**);
     int32_t (*dtype)(tensor, int32_t*);
     int32_t (*empty)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, tensor*);
+    int32_t (*threads)(uint32_t*);
     int32_t (*parallel_for)(int64_t, int64_t, int64_t, range_function, void*);
     int32_t (*float32)(void);
     int32_t (*bfloat16)(void);

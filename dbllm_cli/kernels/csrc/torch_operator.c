@@ -9,8 +9,9 @@ enum { GRAIN_INPUTS = 1 << 15 }; /* numbers read: less is not worth waking anoth
 
 typedef struct {
     const array* input;
-    int64_t first_row;
-    products products;
+    products products; /* `columns` of a chunk; the last may have fewer */
+    int64_t rows, first_row;
+    char* out;
 } call;
 
 static void read_columns(int64_t first, int64_t last, void* context) {
@@ -23,6 +24,35 @@ static void read_columns(int64_t first, int64_t last, void* context) {
     }
 }
 
+static void multiply_chunks(int64_t first, int64_t last, void* context) {
+    const call* all = context;
+    for (int64_t chunk = first; chunk < last; chunk++) {
+        call c = *all;
+        products* p = &c.products;
+        c.first_row = chunk * p->columns;
+        p->columns = fdb_min(p->columns, c.rows - c.first_row);
+        p->x = work_memory(WORK_INPUTS, work_bytes(p->columns * products_row(p->in_features) * 4));
+        p->matrix[0].out =
+            c.out + c.first_row * p->matrix[0].out_features * array_element_bytes(c.input);
+        torch.parallel_for(0, p->columns, 1 + GRAIN_INPUTS / p->in_features, read_columns, &c);
+        products_multiply(p);
+    }
+}
+
+/* Whole chunks of columns on each thread where there are enough of them, else all threads on one
+ * chunk after the other. The chunks are the same for any number of threads. */
+static void multiply(call* c) {
+    uint32_t threads;
+    int64_t chunks = fdb_ceil_div(c->rows, FDB_MAX_COLUMNS);
+    if (chunks > 1) chunks += chunks % 2;
+    c->products.columns = fdb_ceil_div(c->rows, chunks);
+    torch.threads(&threads);
+    if (chunks >= threads)
+        torch.parallel_for(0, chunks, 1, multiply_chunks, c);
+    else
+        multiply_chunks(0, chunks, c);
+}
+
 static void fdb_linear_tiled(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     tensor x = (tensor)stack[0], tiles = (tensor)stack[1];
@@ -30,8 +60,7 @@ static void fdb_linear_tiled(stable_value* stack, uint64_t inputs, uint64_t outp
     array_describe(x, &input);
     array_describe(tiles, &weights);
     call c = {.input = &input};
-    products* p = &c.products;
-    *p = (products){
+    c.products = (products){
         .kernel = input.type == FLOAT32 ? fdb_chosen->exact : fdb_chosen->integer,
         .in_features = input.sizes[input.dim - 1],
         .group_size = (int64_t)stack[3],
@@ -39,17 +68,8 @@ static void fdb_linear_tiled(stable_value* stack, uint64_t inputs, uint64_t outp
         .count = 1,
         .matrix = {{.tiles = (const uint8_t*)weights.data, .out_features = (int64_t)stack[2]}},
     };
-    int64_t rows, out_row = p->matrix[0].out_features * array_element_bytes(&input);
-    char* out;
-    tensor result = array_like(&input, p->matrix[0].out_features, &rows, &out);
-    int64_t most = fdb_min(rows, FDB_MAX_COLUMNS);
-    p->x = work_memory(WORK_INPUTS, work_bytes(most * products_row(p->in_features) * 4));
-    for (; c.first_row < rows; c.first_row += FDB_MAX_COLUMNS) {
-        p->columns = fdb_min(FDB_MAX_COLUMNS, rows - c.first_row);
-        p->matrix[0].out = out + c.first_row * out_row;
-        torch.parallel_for(0, p->columns, 1 + GRAIN_INPUTS / p->in_features, read_columns, &c);
-        products_multiply(p);
-    }
+    tensor result = array_like(&input, c.products.matrix[0].out_features, &c.rows, &c.out);
+    if (c.rows > 0) multiply(&c);
     torch.delete_tensor(x);
     torch.delete_tensor(tiles);
     stack[0] = (stable_value)result;

@@ -12,26 +12,32 @@ enum { WORD_TABLE = 256, PREFETCH = 2560, LARGEST = 2047, BIAS = 8192 };
 
 /* -- tables ---------------------------------------------------------------------------------- */
 
-/* The 16 biased sums of 4 integers: low 7 bits, then high 7 bits, 16 bytes each. */
-INLINE void quad_table(const int32_t* q, uint8_t* table) {
-    __m256i sums = _mm256_set1_epi16(BIAS);
-    for (int i = 0; i < 4; i++) {
-        int16_t lanes[16];
-        for (int v = 0; v < 16; v++) lanes[v] = (int16_t)(v >> i & 1 ? q[i] : 0);
-        sums = _mm256_add_epi16(sums, _mm256_loadu_si256((const __m256i*)lanes));
-    }
+/* The 16 biased sums of 4 integers, which are the first in `quad`, then the sums of the first two
+ * and of the last two: low 7 bits, then high 7 bits, 16 bytes each. */
+INLINE void quad_table(__m128i quad, uint8_t* table) {
+    const __m256i low_bits = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(-1, -1, 0, 1, 2, 3, 8, 9, -1, -1, 0, 1, 2, 3, 8, 9));
+    const __m256i high_bits =
+        _mm256_setr_epi8(-1, -1, -1, -1, -1, -1, -1, -1, 4, 5, 4, 5, 4, 5, 4, 5, 6, 7, 6, 7, 6, 7,
+                         6, 7, 10, 11, 10, 11, 10, 11, 10, 11);
+    __m256i both = _mm256_broadcastsi128_si256(quad);
+    __m256i sums =
+        _mm256_add_epi16(_mm256_shuffle_epi8(both, low_bits), _mm256_shuffle_epi8(both, high_bits));
+    sums = _mm256_add_epi16(sums, _mm256_set1_epi16(BIAS));
     __m256i low = _mm256_and_si256(sums, _mm256_set1_epi16(127));
-    __m256i both = _mm256_packus_epi16(low, _mm256_srli_epi16(sums, 7));
-    _mm256_storeu_si256((__m256i*)table, _mm256_permute4x64_epi64(both, 0xD8));
+    __m256i bytes = _mm256_packus_epi16(low, _mm256_srli_epi16(sums, 7));
+    _mm256_storeu_si256((__m256i*)table, _mm256_permute4x64_epi64(bytes, 0xD8));
 }
 
 INLINE void word_tables(const float* x, __m256 factor, uint8_t* table) {
-    int32_t q[FDB_WORD_INPUTS];
-    for (int i = 0; i < FDB_WORD_INPUTS; i += 8) {
-        __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + i), factor);
-        _mm256_storeu_si256((__m256i*)(q + i), _mm256_cvtps_epi32(scaled));
+    for (int i = 0; i < FDB_WORD_INPUTS; i += 8, table += 64) {
+        __m256i wide = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor));
+        __m128i q =
+            _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+        __m128i pairs = _mm_hadd_epi16(q, q);
+        quad_table(_mm_unpacklo_epi64(q, pairs), table);
+        quad_table(_mm_unpackhi_epi64(q, _mm_srli_epi64(pairs, 32)), table + 32);
     }
-    for (int quad = 0; quad < 8; quad++) quad_table(q + 4 * quad, table + quad * 32);
 }
 
 TARGET static float make_table(const float* inputs, int64_t words, int64_t stride,

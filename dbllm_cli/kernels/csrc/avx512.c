@@ -12,27 +12,46 @@ enum { WORD_TABLE = 256, PREFETCH = 2560, LARGEST = 4095 };
 
 /* -- tables ---------------------------------------------------------------------------------- */
 
-/* Sums of 4 integers: entry v adds those whose bit is set in v. */
-INLINE __m256i quad_sums(const int32_t* q) {
-    __m256i sums = _mm256_maskz_set1_epi16(0xAAAA, (short)q[0]);
-    sums = _mm256_add_epi16(sums, _mm256_maskz_set1_epi16(0xCCCC, (short)q[1]));
-    sums = _mm256_add_epi16(sums, _mm256_maskz_set1_epi16(0xF0F0, (short)q[2]));
-    return _mm256_add_epi16(sums, _mm256_maskz_set1_epi16(0xFF00, (short)q[3]));
-}
+/* From 32 integers, then the sums of their even-odd pairs (also 32): what bits 0 and 1 of an entry
+ * add of a quad that begins at `q`, and what bits 2 and 3 add. Entry 0 of each is masked to zero.
+ */
+#define LOW_BITS(q) \
+    0, q, q + 1, q + 32, 0, q, q + 1, q + 32, 0, q, q + 1, q + 32, 0, q, q + 1, q + 32
+#define HIGH_BITS(q)                                                                            \
+    0, 0, 0, 0, q + 2, q + 2, q + 2, q + 2, q + 3, q + 3, q + 3, q + 3, q + 34, q + 34, q + 34, \
+        q + 34
+static const int16_t low_bits[4][32] __attribute__((aligned(64))) = {
+    {LOW_BITS(0), LOW_BITS(8)},
+    {LOW_BITS(16), LOW_BITS(24)},
+    {LOW_BITS(4), LOW_BITS(12)},
+    {LOW_BITS(20), LOW_BITS(28)},
+};
+static const int16_t high_bits[4][32] __attribute__((aligned(64))) = {
+    {HIGH_BITS(0), HIGH_BITS(8)},
+    {HIGH_BITS(16), HIGH_BITS(24)},
+    {HIGH_BITS(4), HIGH_BITS(12)},
+    {HIGH_BITS(20), HIGH_BITS(28)},
+};
 
 /* Tables of one word: quads 0 2 4 6 low, the same high, quads 1 3 5 7 low, high; 64 bytes each. */
 INLINE void word_tables(const float* x, __m512 factor, uint8_t* table) {
-    int32_t q[FDB_WORD_INPUTS] __attribute__((aligned(64)));
-    for (int i = 0; i < FDB_WORD_INPUTS; i += 16) {
-        __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), factor);
-        _mm512_store_si512(q + i, _mm512_cvtps_epi32(scaled));
-    }
-    for (int quad = 0; quad < 8; quad++) {
-        __m256i sums = quad_sums(q + 4 * quad);
-        uint8_t* to = table + (quad & 1) * 128 + (quad >> 1) * 16;
-        __m256i low = _mm256_and_si256(sums, _mm256_set1_epi16(127));
-        _mm_storeu_si128((__m128i*)to, _mm256_cvtepi16_epi8(low));
-        _mm_storeu_si128((__m128i*)(to + 64), _mm256_cvtepi16_epi8(_mm256_srai_epi16(sums, 7)));
+    __m256i first =
+        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), factor)));
+    __m256i second =
+        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16), factor)));
+    __m512i q = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+    __m512i pairs = _mm512_add_epi16(q, _mm512_srli_epi32(q, 16));
+#pragma GCC unroll 4
+    for (int two = 0; two < 4; two++) {
+        __m512i low =
+            _mm512_maskz_permutex2var_epi16(0xEEEEEEEE, q, _mm512_load_si512(low_bits[two]), pairs);
+        __m512i high = _mm512_maskz_permutex2var_epi16(0xFFF0FFF0, q,
+                                                       _mm512_load_si512(high_bits[two]), pairs);
+        __m512i sums = _mm512_add_epi16(low, high);
+        uint8_t* to = table + (two >> 1) * 128 + (two & 1) * 32;
+        __m512i rest = _mm512_and_si512(sums, _mm512_set1_epi16(127));
+        _mm256_store_si256((__m256i*)to, _mm512_cvtepi16_epi8(rest));
+        _mm256_store_si256((__m256i*)(to + 64), _mm512_cvtepi16_epi8(_mm512_srai_epi16(sums, 7)));
     }
 }
 

@@ -100,23 +100,33 @@ static int64_t row_offset(const array* x, int64_t row) {
     return offset;
 }
 
+/* Elements `stride` apart; a loop of its own for 1, which compilers make vectors of. */
+#define READ(convert, from)                                                          \
+    do {                                                                             \
+        if (stride == 1)                                                             \
+            for (int64_t i = 0; i < count; i++) to[i] = convert((from)[i]);          \
+        else                                                                         \
+            for (int64_t i = 0; i < count; i++) to[i] = convert((from)[i * stride]); \
+    } while (0)
+
 void array_read(const array* x, int64_t row, int64_t count, float* to) {
-    const char* from = x->data + row_offset(x, row) * array_element_bytes(x);
+    const void* from = x->data + row_offset(x, row) * array_element_bytes(x);
     int64_t stride = x->strides[x->dim - 1];
     if (x->type == FLOAT32)
-        for (int64_t i = 0; i < count; i++) to[i] = ((const float*)from)[i * stride];
+        READ(, (const float*)from);
     else if (x->type == BFLOAT16)
-        for (int64_t i = 0; i < count; i++)
-            to[i] = fdb_from_bfloat16(((const uint16_t*)from)[i * stride]);
+        READ(fdb_from_bfloat16, (const uint16_t*)from);
     else
-        for (int64_t i = 0; i < count; i++)
-            to[i] = fdb_from_float16(((const uint16_t*)from)[i * stride]);
+        READ(fdb_from_float16, (const uint16_t*)from);
 }
 
 float array_lift(float* x, int64_t count) {
-    float largest = 0;
-    for (int64_t i = 0; i < count; i++) largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
-    if (largest >= 0x1p-64f || largest == 0) return 1;
+    int zeros = 1;
+    for (int64_t i = 0; i < count; i++) {
+        if (fabsf(x[i]) >= 0x1p-64f) return 1;
+        zeros &= x[i] == 0;
+    }
+    if (zeros) return 1;
     for (int64_t i = 0; i < count; i++) x[i] *= 0x1p64f;
     return 0x1p-64f;
 }

@@ -12,6 +12,7 @@ answers the seconds of the next copy's product, `check` the output of copy 0.
 import ctypes
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,14 +24,14 @@ from line_child import LineChild, openmp_settings
 Q2_K, F32 = 10, 0  # enum ggml_type
 BLOCK, BLOCK_BYTES = 256, 84  # of Q2_K: 16 scales, 64 of two bits each, d, dmin
 # Untimed, on other copies: after a sleep, the threads and the core's clock must wake.
-WARM_RUNS = 2
+WARM_SECONDS = 0.003
 
 
 class LlamaProduct:
     """A product of llama.cpp in a process of its own.
 
     Asking it waits until the OpenMP pools of both sides have stopped spinning; the server then
-    wakes its own pool by two products that are not timed. The caller must do the same for its own
+    wakes its own pool by products that are not timed. The caller must do the same for its own
     contenders after `run`, or they are timed with threads that sleep.
 
     Args:
@@ -212,6 +213,8 @@ class Products:
 
 def serve() -> None:
     """Answer lines until there are no more."""
+    # The process that starts this one may be bound to one core.
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
     try:
         asked = json.loads(sys.stdin.readline())
         products = Products(
@@ -226,7 +229,8 @@ def serve() -> None:
     number = 0
     for line in sys.stdin:
         if line.strip() == "run":
-            for _ in range(WARM_RUNS):
+            begin = time.perf_counter()
+            while time.perf_counter() - begin < WARM_SECONDS:
                 products.seconds(number)
                 number += 1
             print(products.seconds(number), flush=True)

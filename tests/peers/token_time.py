@@ -145,10 +145,12 @@ def report(plain: float, timed: float, watch: Stopwatch, tokens: int) -> None:
     parts = {name: seconds / tokens for name, seconds in watch.seconds.most_common()}
     for name, share in parts.items():
         print(f"{name:28} {watch.calls[name] / tokens:5.0f} calls {share * 1e3:7.2f} ms")
-    print(
-        f"{'the rest of forward: Python':28} {'':11} {(forward - sum(parts.values())) * 1e3:7.2f} ms"
-    )
-    print(f"{'the rest of generate: Python':28} {'':11} {(timed - forward) * 1e3:7.2f} ms")
+    rest = {
+        "the rest of forward: Python": forward - sum(parts.values()),
+        "the rest of generate: Python": timed - forward,
+    }
+    for name, share in rest.items():
+        print(f"{name:28} {'':11} {share * 1e3:7.2f} ms")
 
 
 if __name__ == "__main__":

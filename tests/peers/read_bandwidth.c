@@ -4,11 +4,11 @@
 #include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
 typedef struct {
     const uint64_t *from;
     size_t count, ahead;
+    int core;
     uint64_t sum;
 } part;
 
@@ -30,11 +30,13 @@ static uint64_t read_all(const uint64_t *from, size_t count, size_t ahead) {
 static void read_part(part *p) { p->sum = read_all(p->from, p->count, p->ahead); }
 
 static void *work(void *argument) {
-    cpu_set_t every;
-    /* The thread that starts this one may be bound to its core. */
-    memset(&every, 0xFF, sizeof every);
-    sched_setaffinity(0, sizeof every, &every);
-    read_part(argument);
+    part *p = argument;
+    cpu_set_t own;
+    /* The thread that starts this one may be bound to its core, which a new thread inherits. */
+    CPU_ZERO(&own);
+    CPU_SET(p->core, &own);
+    sched_setaffinity(0, sizeof own, &own);
+    read_part(p);
     return NULL;
 }
 
@@ -46,7 +48,7 @@ uint64_t read_memory(const uint64_t *from, size_t count, size_t ahead, int threa
     for (int i = 0; i < threads; i++) {
         size_t first = count / threads * i;
         size_t own = i + 1 < threads ? count / threads : count - first;
-        parts[i] = (part){from + first, own, ahead, 0};
+        parts[i] = (part){from + first, own, ahead, i, 0};
         if (i > 0) pthread_create(&started[i], NULL, work, &parts[i]);
     }
     read_part(&parts[0]);

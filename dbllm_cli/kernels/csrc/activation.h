@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "decode.h"
 #include "floats.h"
 
 #define DECODE_INLINE __attribute__((always_inline)) static inline
@@ -25,13 +26,6 @@ DECODE_INLINE float decode_exp(float x) {
     float power = fdb_float_of((fdb_bits_of(shifted) + 127u) << 23);
     return x < -87.0f ? 0.0f : p * power;
 }
-
-/* gate := silu(gate) * up, where silu(x) = x / (1 + e^-x). */
-typedef void gated_activation(float* gate, const float* up, int64_t count);
-
-gated_activation gated_silu_portable;
-gated_activation gated_silu_avx2;
-gated_activation gated_silu_avx512;
 
 DECODE_INLINE void gated_silu(float* gate, const float* up, int64_t count) {
     for (int64_t i = 0; i < count; i++) {

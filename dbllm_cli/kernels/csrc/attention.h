@@ -1,4 +1,4 @@
-/* Attention of the one query of a decoded token, for the heads that share keys and values. */
+/* The attention of decode.h, as loops that compilers make vectors of. */
 #ifndef DBLLM_ATTENTION_H
 #define DBLLM_ATTENTION_H
 
@@ -9,25 +9,10 @@
 #include "activation.h"
 #include "floats.h"
 
-enum { ATTENTION_LANES = 16, ATTENTION_ROWS = 4, ATTENTION_MAX_DIM = 512 };
+enum { ATTENTION_LANES = 16, ATTENTION_ROWS = 4 };
 
-typedef struct {
-    int bfloat16; /* keys and values: bfloat16 or float32 */
-    int64_t queries, positions, dim;
-    const char *key, *value;        /* of the first position */
-    int64_t key_bytes, value_bytes; /* from position to position */
-    const uint8_t* mask;            /* [positions], 0 hides one; or NULL */
-    const float* query;             /* [queries][dim], scaled */
-    float *scores, *out;            /* [queries][positions], [queries][dim] */
-} attention_head;
-
-typedef void attention(const attention_head* head);
-
-attention attention_portable;
-attention attention_avx2;
-attention attention_avx512;
-
-/* -- the loops, which compilers make vectors of -- */
+/* Vectors wider than the target has are passed in memory, and only from function to inlined one. */
+#pragma GCC diagnostic ignored "-Wpsabi"
 
 DECODE_INLINE void attention_load(const char* row, int bfloat16, int64_t dim, float* to) {
     if (bfloat16)

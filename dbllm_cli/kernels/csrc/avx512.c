@@ -81,30 +81,30 @@ INLINE __m512i nibble_index(__m512i plane) {
                                      0xEA);
 }
 
-INLINE __m512i add_lookup(__m512i sum, __m512i index, __m512i low, __m512i high) {
+/* Two low parts of 7 bits fit a byte; high parts are signed and fill theirs. */
+INLINE __m512i add_word(__m512i sum, __m512i even, __m512i odd, const word_table* t) {
     const __m512i one = _mm512_set1_epi8(1), rest = _mm512_set1_epi8((char)128);
-    sum = _mm512_dpbusd_epi32(sum, _mm512_permutexvar_epi8(index, low), one);
-    return _mm512_dpbusd_epi32(sum, rest, _mm512_permutexvar_epi8(index, high));
+    __m512i low = _mm512_add_epi8(_mm512_permutexvar_epi8(even, t->even_low),
+                                  _mm512_permutexvar_epi8(odd, t->odd_low));
+    sum = _mm512_dpbusd_epi32(sum, low, one);
+    sum = _mm512_dpbusd_epi32(sum, rest, _mm512_permutexvar_epi8(even, t->even_high));
+    return _mm512_dpbusd_epi32(sum, rest, _mm512_permutexvar_epi8(odd, t->odd_high));
 }
 
-INLINE __m512i word_sum(__m512i even, __m512i odd, const word_table* t) {
-    __m512i sum = add_lookup(_mm512_setzero_si512(), even, t->even_low, t->even_high);
-    return add_lookup(sum, odd, t->odd_low, t->odd_high);
-}
-
-INLINE __m512i plane_word(const uint8_t* plane, const word_table* t) {
+INLINE __m512i add_plane_word(__m512i sum, const uint8_t* plane, const word_table* t) {
     __m512i bits = _mm512_loadu_si512(plane);
-    return word_sum(nibble_index(bits), nibble_index(_mm512_srli_epi16(bits, 4)), t);
+    return add_word(sum, nibble_index(bits), nibble_index(_mm512_srli_epi16(bits, 4)), t);
 }
 
 /* Adds a piece of 1 or 2 words of one tile. */
 INLINE __m512 add_piece(__m512 y, const uint8_t* piece, const uint8_t* scales, int words,
                         const word_table* t, __m512 step) {
-    __m512i sum1 = plane_word(piece, &t[0]);
-    __m512i sum2 = plane_word(piece + words * FDB_PLANE_BYTES, &t[0]);
+    __m512i zero = _mm512_setzero_si512();
+    __m512i sum1 = add_plane_word(zero, piece, &t[0]);
+    __m512i sum2 = add_plane_word(zero, piece + words * FDB_PLANE_BYTES, &t[0]);
     if (words == 2) {
-        sum1 = _mm512_add_epi32(sum1, plane_word(piece + FDB_PLANE_BYTES, &t[1]));
-        sum2 = _mm512_add_epi32(sum2, plane_word(piece + 3 * FDB_PLANE_BYTES, &t[1]));
+        sum1 = add_plane_word(sum1, piece + FDB_PLANE_BYTES, &t[1]);
+        sum2 = add_plane_word(sum2, piece + 3 * FDB_PLANE_BYTES, &t[1]);
     }
     __m512 part =
         _mm512_mul_ps(load_scales(scales + FDB_SCALE_BYTES / 2), _mm512_cvtepi32_ps(sum2));
@@ -175,10 +175,10 @@ INLINE void tile_columns(const uint8_t* tile, int64_t words, const uint8_t* tabl
         for (int64_t c = 0; c < columns; c++) {
             word_table t = load_table(first + c * WORD_TABLE),
                        u = load_table(second + c * WORD_TABLE);
-            __m512i sum1 = word_sum(even[0], odd[0], &t), sum2 = word_sum(even[2], odd[2], &t);
+            __m512i zero = _mm512_setzero_si512();
             /* Entry 0 of every table is 0: a word that is not there adds nothing. */
-            sum1 = _mm512_add_epi32(sum1, word_sum(even[1], odd[1], &u));
-            sum2 = _mm512_add_epi32(sum2, word_sum(even[3], odd[3], &u));
+            __m512i sum1 = add_word(add_word(zero, even[0], odd[0], &t), even[1], odd[1], &u);
+            __m512i sum2 = add_word(add_word(zero, even[2], odd[2], &t), even[3], odd[3], &u);
             __m512 part = _mm512_mul_ps(alpha2, _mm512_cvtepi32_ps(sum2));
             part = _mm512_fmadd_ps(alpha1, _mm512_cvtepi32_ps(sum1), part);
             float* to = y + c * FDB_BLOCK_ROWS;

@@ -17,8 +17,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "activation.h"
-#include "attention.h"
+#include "decode.h"
 #include "int8.h"
 
 /* What Python calls; all else stays inside the library. */

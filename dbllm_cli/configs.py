@@ -88,10 +88,10 @@ class CalibrateConfig(TextConfig):
 class InitFdbConfig(StageConfig):
     """Settings of `init-fdb`."""
 
-    method: Literal["als", "mse", "paper"] = Field(
+    method: Literal["als", "gptq", "mse", "paper"] = Field(
         "als",
-        description="als: least squares weighted by the calibration; mse: best step per "
-        "group; paper: max|w|/2",
+        description="als: least squares weighted by the calibration; gptq: errors compensated "
+        "layer by layer; mse: best step per group; paper: max|w|/2",
     )
     group_size: int = Field(64, gt=0, multiple_of=8, description="inputs that share two scales")
     include: tuple[str, ...] = Field(
@@ -103,6 +103,11 @@ class InitFdbConfig(StageConfig):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="dtype of the tensors that are not quantized"
     )
+    num_samples: int | None = Field(
+        None, gt=0, description="gptq: use only the first sequences of the calibration"
+    )
+    batch_size: int = Field(4, gt=0, description="gptq: sequences run at once")
+    compute_dtype: ComputeDtype = Field("bfloat16", description="gptq: " + _COMPUTE)
 
 
 class TrainConfig(StageConfig):

@@ -1,19 +1,20 @@
 """init-fdb: the starting planes and scales of every selected linear layer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbllm_cli.configs import InitFdbConfig
-from dbllm_cli.errors import StageFailedError
+from dbllm_cli.errors import ConfigError, StageFailedError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
 from dbllm_cli.llm.blocks import find_blocks, matrix_of, select_layers
 from dbllm_cli.llm.models import (
+    Model,
     copy_other_files,
     empty_model,
     load_config,
@@ -24,8 +25,9 @@ from dbllm_cli.llm.models import (
 )
 from dbllm_cli.llm.packed import layer_tensors, quantized_config, write_json
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder, require_finite
+from dbllm_cli.stages.gptq_start import GptqStart
 from dbllm_cli.stages.layer_report import over_all_layers, show_layers, write_layer_report
-from dbllm_cli.stages.sequences import open_calibration, require_same_model
+from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact
 
@@ -37,6 +39,7 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
         ArtifactCorruptError: a weight is NaN.
         ConfigError: no layer selected, or fused experts.
         ArtifactMissingError: the calibration is another model's.
+        StageFailedError: a scale is not finite in float16.
     """
     require_same_model(inputs)
     require_device(ctx.device)
@@ -45,29 +48,45 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     model = empty_model(load_config(folder, ctx.trust_remote_code), ctx.trust_remote_code)
     blocks = find_blocks(model)
     layers = select_layers(blocks, config.include, config.exclude)
-    means: Mapping[str, Tensor] = {}
-    if "calibration" in inputs:
-        means = open_calibration(inputs["calibration"]).input_mean_squares
-    reader = TensorFolder(folder)
-    dtype = getattr(torch, config.dtype)
-    with ShardWriter(ctx.out) as writer:
-        with ctx.progress.task("init-fdb", len(layers), unit="layers") as task:
-            for name, module in layers.items():
-                weight = reader.get(f"{name}.weight")
-                require_finite(f"{name}.weight", weight)
-                matrix = matrix_of(module, weight).to(ctx.device, torch.float32)
-                quantized = _quantize(name, matrix, config, means.get(name))
-                writer.add_all(layer_tensors(name, quantized))
-                task.advance()
-        for name in module_tensor_names(model):
-            if name.removesuffix(".weight") not in layers:
-                tensor = reader.get(name)
-                require_finite(name, tensor)
-                writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    calibration = open_calibration(inputs["calibration"]) if "calibration" in inputs else None
+    means = {} if calibration is None else calibration.input_mean_squares
+    blocks_report: Metrics = {}
+    if config.method == "gptq":
+        start = GptqStart(config, folder, layers, ctx)
+        blocks_report = {"blocks": start.quantize_all(_sequences(config, calibration))}
+        quantized = start.finished_layers()
+    else:
+        quantized = _fitted_layers(config, folder, layers, means, ctx)
+    _write_tensors(config, folder, model, quantized, ctx.out)
     _write_files(folder, ctx.out, config, [n for n, _ in blocks.linear_layers() if n not in layers])
     report = write_layer_report(folder, means, ctx)
     show_layers(report, ctx.progress)
-    return over_all_layers(report)
+    return {**over_all_layers(report), **blocks_report}
+
+
+def _sequences(config: InitFdbConfig, calibration: Calibration | None) -> Tensor:
+    if calibration is None:
+        raise ConfigError(
+            "init-fdb by gptq needs a calibration", "dbllm calibrate MODEL, and give its path"
+        )
+    return calibration.train[: config.num_samples]
+
+
+def _fitted_layers(
+    config: InitFdbConfig,
+    folder: Path,
+    layers: Mapping[str, nn.Module],
+    means: Mapping[str, Tensor],
+    ctx: Context,
+) -> Iterator[tuple[str, QuantizedMatrix]]:
+    reader = TensorFolder(folder)
+    with ctx.progress.task("init-fdb", len(layers), unit="layers") as task:
+        for name, module in layers.items():
+            weight = reader.get(f"{name}.weight")
+            require_finite(f"{name}.weight", weight)
+            matrix = matrix_of(module, weight).to(ctx.device, torch.float32)
+            yield name, _quantize(name, matrix, config, means.get(name))
+            task.advance()
 
 
 def _quantize(
@@ -80,6 +99,26 @@ def _quantize(
     except StageFailedError as error:
         hint = f"leave it out: --exclude {name}"
         raise StageFailedError(f"{name}: {error.message}", hint) from error
+
+
+def _write_tensors(
+    config: InitFdbConfig,
+    folder: Path,
+    model: Model,
+    layers: Iterator[tuple[str, QuantizedMatrix]],
+    out: Path,
+) -> None:
+    reader, dtype = TensorFolder(folder), getattr(torch, config.dtype)
+    with ShardWriter(out) as writer:
+        done = set()
+        for layer, quantized in layers:
+            writer.add_all(layer_tensors(layer, quantized))
+            done.add(f"{layer}.weight")
+        for name in module_tensor_names(model):
+            if name not in done:
+                tensor = reader.get(name)
+                require_finite(name, tensor)
+                writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def _write_files(folder: Path, out: Path, config: InitFdbConfig, kept: list[str]) -> None:

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -23,22 +22,15 @@ from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.llm.streaming import StreamedModel
 from dbllm_cli.llm.tensors import TensorFolder, save_tensors
 from dbllm_cli.progress import Task
+from dbllm_cli.stages.block_streams import BlockReport, BlockStreams, begin_streams, keep_streams
 from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
-from dbllm_cli.stages.resuming import last_checkpoint, note_environment, save_checkpoint
+from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.stages.trained_layers import autocast, latent_layer, replace_module
 from dbllm_cli.store import Artifact
 
 _BATCHES_BEFORE = 4
-
-
-@dataclass
-class _Streams:
-    """Hidden states between blocks, float32 `[n, tokens, hidden]` on the CPU."""
-
-    teacher: Tensor
-    student: Tensor
 
 
 def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
@@ -78,9 +70,11 @@ class _BlockTraining:
         self.model = StreamedModel(folder, ctx.device, ctx.trust_remote_code)
         self.quantized_names = set(student.layer_names())
 
-    def train_all(self, sequences: Tensor) -> list[dict[str, float]]:
+    def train_all(self, sequences: Tensor) -> BlockReport:
         """Train every block that is not yet finished; errors before and after of each block."""
-        streams, report = self._begin(sequences)
+        streams, report = begin_streams(
+            self.model, sequences, self.config.batch_size, self.ctx.scratch
+        )
         blocks = len(self.model.blocks)
         per_block = self.steps(len(sequences)) * self.config.batch_size + 2 * len(sequences)
         with self.ctx.progress.task(
@@ -88,25 +82,14 @@ class _BlockTraining:
         ) as task:
             for index in range(len(report), blocks):
                 report.append(self._train_block(index, streams, task))
-                tensors = {"teacher": streams.teacher, "student": streams.student}
-                save_checkpoint(self.ctx.scratch, "streams", index, tensors, {"report": report})
+                keep_streams(self.ctx.scratch, streams, report)
         return report
-
-    def _begin(self, sequences: Tensor) -> tuple[_Streams, list[dict[str, float]]]:
-        """The streams as they enter the first block that is not finished, and the report so far."""
-        entering = self.model.enter(sequences, self.config.batch_size)
-        checkpoint = last_checkpoint(self.ctx.scratch, "streams")
-        if checkpoint is None:
-            return _Streams(entering, entering), []
-        tensors, state = checkpoint
-        report = cast("list[dict[str, float]]", state["report"])
-        return _Streams(tensors["teacher"], tensors["student"]), report
 
     def steps(self, samples: int) -> int:
         """Optimizer steps of one block."""
         return math.ceil(samples / self.config.batch_size) * self.config.passes
 
-    def _train_block(self, index: int, streams: _Streams, task: Task) -> dict[str, float]:
+    def _train_block(self, index: int, streams: BlockStreams, task: Task) -> dict[str, float]:
         """Train one block; the streams move on to its outputs."""
         batch_size = self.config.batch_size
         teacher = self.model.load_block(index)

@@ -35,8 +35,9 @@ def main() -> None:
         draw(axis, [row for row in rows if row["threads"] == count])
         axis.set_title("1 thread" if count == 1 else f"{count} threads")
     axes[0][0].set_ylabel("share of the read bandwidth")
-    axes[0][0].legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), fontsize=8, loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
     options.plot.parent.mkdir(exist_ok=True)
     figure.savefig(options.plot, metadata={"Date": None})
 

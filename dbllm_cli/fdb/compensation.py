@@ -1,0 +1,156 @@
+"""Error-compensated rounding onto the levels of FDB: `gptq`.
+
+Columns are rounded in order, and the columns that follow take up the error of each, so that the
+error of the layer's output is least (GPTQ, arXiv 2210.17323, with the four levels of DB-LLM and two
+scales for every group of a row). The scales are then fitted once more to the layer's output.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dbllm_cli.errors import StageFailedError
+from dbllm_cli.fdb.fit import fit_scales
+from dbllm_cli.fdb.groups import group_count, to_groups
+from dbllm_cli.fdb.levels import assign_planes, project_signs
+from dbllm_cli.fdb.packing import pack_planes
+from dbllm_cli.fdb.quantized import QuantizedMatrix, round_scales
+
+_DAMPING = 0.01
+"""Added to the diagonal of XᵀX, as a share of its mean."""
+_CHUNK_NUMBERS = 1 << 24
+"""Numbers of the systems solved at once: bounds the work memory whatever the layer."""
+
+
+def quantize_compensated(matrix: Tensor, gram: Tensor, group_size: int) -> QuantizedMatrix:
+    """Planes and scales of a layer, chosen for the error of its output.
+
+    Args:
+        matrix: weights, float32 `[out, in]`.
+        gram: XᵀX over the calibration, tokens weighted, float32 `[in, in]`.
+        group_size: inputs that share two scales.
+
+    Raises:
+        StageFailedError: a scale is not finite in float16, or XᵀX has no inverse.
+    """
+    damped = _damp(gram)
+    planes, alpha = _round_columns(matrix, _inverse_root(damped), group_size)
+    alpha = _refit_scales(matrix, damped, planes, alpha, group_size)
+    return QuantizedMatrix(pack_planes(planes), alpha, matrix.shape[-1], group_size)
+
+
+def _damp(gram: Tensor) -> Tensor:
+    diagonal = gram.diagonal()
+    # An input that is always zero would make the matrix singular.
+    return gram + (_DAMPING * diagonal.mean()).clamp(min=1e-12) * torch.eye(
+        len(gram), device=gram.device
+    )
+
+
+def _inverse_root(gram: Tensor) -> Tensor:
+    """The upper triangular U with UᵀU = gram⁻¹: row j holds how the columns after j follow it."""
+    lower, failed = torch.linalg.cholesky_ex(gram.double())
+    upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed or failed_too:
+        raise StageFailedError(
+            "XᵀX of its inputs can't be inverted", "use more samples, or --method als"
+        )
+    return cast(Tensor, upper.to(torch.float32))
+
+
+def _round_columns(matrix: Tensor, root: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Planes, bool `[2, out, in]`, and float16 scales `[2, out, groups]`."""
+    rest = matrix.clone()
+    in_features = matrix.shape[-1]
+    planes = torch.empty(2, *matrix.shape, dtype=torch.bool, device=matrix.device)
+    scales = []
+    for first in range(0, in_features, group_size):
+        last = min(first + group_size, in_features)
+        group, own = rest[:, first:last], root[first:last, first:last]
+        # What an error costs after the columns that follow have taken up their part.
+        alpha = fit_scales(group, last - first, "als", own.diagonal().square().reciprocal())
+        alpha = round_scales(alpha)
+        scales.append(alpha)
+        errors = _round_group(group, own, alpha.to(torch.float32), planes[:, :, first:last])
+        rest[:, last:] -= errors @ root[first:last, last:]
+    return planes, torch.cat(scales, dim=-1)
+
+
+def _round_group(group: Tensor, root: Tensor, alpha: Tensor, planes: Tensor) -> Tensor:
+    """Round a group's columns `[out, n]` in place; their errors, in units of the root's diagonal.
+
+    Args:
+        group: weights so far; each column becomes what it was when it was rounded.
+        root: the group's part of the inverse root `[n, n]`.
+        alpha: `[2, out, 1]`.
+        planes: where the planes go, bool `[2, out, n]`.
+    """
+    errors = torch.empty_like(group)
+    for column in range(group.shape[-1]):
+        weights = group[:, column : column + 1]
+        b1, b2 = assign_planes(weights, alpha[0], alpha[1])
+        planes[0, :, column : column + 1], planes[1, :, column : column + 1] = b1, b2
+        difference = weights - alpha[0] * b1 - alpha[1] * b2
+        errors[:, column : column + 1] = difference / root[column, column]
+        group[:, column + 1 :] -= errors[:, column : column + 1] * root[column, column + 1 :]
+    return errors
+
+
+def _refit_scales(
+    matrix: Tensor, gram: Tensor, planes: Tensor, alpha: Tensor, group_size: int
+) -> Tensor:
+    """Scales with the least output error for given planes: one system for all groups of a row.
+
+    A row keeps the scales it had where signs or rounding make the new ones worse.
+
+    Args:
+        matrix: weights `[out, in]`.
+        gram: damped XᵀX `[in, in]`.
+        planes: bool `[2, out, in]`.
+        alpha: float16 `[2, out, groups]`.
+        group_size: inputs that share two scales.
+
+    Returns:
+        float16 `[2, out, groups]`.
+    """
+    width = group_count(matrix.shape[-1], group_size) * group_size
+    missing = width - matrix.shape[-1]
+    gram = pad(gram, (0, missing, 0, missing))
+    rows = max(1, _CHUNK_NUMBERS // (2 * width * alpha.shape[-1]))
+    refitted = [
+        _refit_rows(pad(part, (0, missing)), to_groups(own, group_size), old, gram)
+        for part, own, old in zip(
+            matrix.split(rows), planes.split(rows, dim=1), alpha.split(rows, dim=1), strict=True
+        )
+    ]
+    return torch.cat(refitted, dim=1)
+
+
+def _refit_rows(matrix: Tensor, planes: Tensor, alpha: Tensor, gram: Tensor) -> Tensor:
+    """As `_refit_scales`, for grouped planes `[2, out, groups, group_size]`."""
+    _, rows, groups, size = planes.shape
+    width, unknowns = groups * size, 2 * groups
+    own = planes.to(torch.float32).permute(2, 3, 1, 0)  # [groups, size, rows, 2]
+    by_group = gram.reshape(width, groups, size).transpose(0, 1)
+    # What each plane of each group adds to XᵀX times the row: [rows, width, 2 · groups].
+    weighed = torch.matmul(by_group, own.flatten(2)).reshape(groups, width, rows, 2)
+    weighed = weighed.permute(2, 1, 3, 0).reshape(rows, width, unknowns)
+    system = torch.matmul(own.permute(2, 0, 3, 1), weighed.reshape(rows, groups, size, unknowns))
+    system = system.transpose(1, 2).reshape(rows, unknowns, unknowns)
+    target = torch.matmul(weighed.mT, matrix.unsqueeze(-1))
+    # A plane that is empty would make its system singular.
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    damped = system + torch.diag_embed(1e-6 * diagonal.mean(-1, keepdim=True) + 0 * diagonal)
+    solved = torch.linalg.solve(damped, target).reshape(rows, 2, groups).transpose(0, 1)
+    found = round_scales(torch.stack(project_signs(solved[0], solved[1])))
+    errors = [_relative_output_error(system, target, scales) for scales in (found, alpha)]
+    return torch.where((errors[0] < errors[1]).unsqueeze(-1), found, alpha)
+
+
+def _relative_output_error(system: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+    """Square error of each row's output, less what no scales change `[out]`."""
+    scales = alpha.to(torch.float32).transpose(0, 1).flatten(1).unsqueeze(-1)
+    error: Tensor = (scales.mT @ system @ scales - 2 * scales.mT @ target).flatten()
+    return error

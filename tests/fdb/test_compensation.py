@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dbllm_cli.fdb.compensation import quantize_compensated
+from dbllm_cli.fdb.fit import fit_scales
+from dbllm_cli.fdb.quantized import quantize_matrix
+
+
+def _layer(inputs: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weights, and inputs `[tokens, in]` that follow each other."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(inputs, inputs, generator=generator))[0]
+    tokens = torch.randn(4 * inputs, inputs, generator=generator)
+    # A few directions hold most of what there is, as in a language model.
+    tokens = (tokens / torch.arange(1, inputs + 1).sqrt()) @ directions
+    return torch.randn(outputs, inputs, generator=generator), tokens
+
+
+def _output_error(dense: Tensor, matrix: Tensor, tokens: Tensor) -> float:
+    exact = tokens.double() @ matrix.double().T
+    return float((tokens.double() @ dense.double().T - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(("inputs", "group_size"), [(128, 64), (172, 64), (96, 32), (40, 64)])
+def test_the_output_is_nearer_than_that_of_weights_rounded_one_by_one(
+    inputs: int, group_size: int
+) -> None:
+    matrix, tokens = _layer(inputs, 48)
+    compensated = quantize_compensated(matrix, tokens.T @ tokens, group_size)
+    alpha = fit_scales(matrix, group_size, "als", tokens.square().mean(0))
+    plain = quantize_matrix(matrix, alpha, group_size)
+    errors = [_output_error(q.dense(), matrix, tokens) for q in (compensated, plain)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_inputs_that_do_not_follow_each_other_leave_nothing_to_compensate() -> None:
+    matrix = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    importance = torch.linspace(0.1, 2, 64)
+    found = quantize_compensated(matrix, torch.diag(importance), 64)
+    alpha = fit_scales(matrix, 64, "als", importance + 0.01 * importance.mean())
+    plain = quantize_matrix(matrix, alpha, 64)
+    weighted = [((q.dense() - matrix).square() * importance).sum() for q in (found, plain)]
+    assert float(weighted[0]) == pytest.approx(float(weighted[1]), rel=0.02)
+
+
+def _best_scales(matrix: Tensor, planes: Tensor, gram: Tensor, group_size: int) -> np.ndarray:
+    """Least output error of each row over all scales of any sign, by dense algebra in float64."""
+    root = np.linalg.cholesky(gram.double().numpy()).T
+    outputs, inputs = matrix.shape
+    groups = -(-inputs // group_size)
+    errors = []
+    for row in range(outputs):
+        design = np.zeros((inputs, 2 * groups))
+        for column in range(inputs):
+            for plane in range(2):
+                design[column, 2 * (column // group_size) + plane] = planes[plane, row, column]
+        target = root @ matrix[row].double().numpy()
+        found = np.linalg.lstsq(root @ design, target, rcond=None)[0]
+        errors.append(np.square(root @ design @ found - target).sum())
+    return np.array(errors)
+
+
+def test_no_other_scales_serve_the_planes_better() -> None:
+    matrix, tokens = _layer(100, 12)
+    gram = tokens.T @ tokens / len(tokens)
+    found = quantize_compensated(matrix, gram, 32)
+    bits = np.unpackbits(found.weight.numpy(), axis=-1, bitorder="little")[..., :100]
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(100)
+    best = _best_scales(matrix, torch.from_numpy(bits), damped, 32)
+    difference = (found.dense().double() - matrix.double()).numpy()
+    errors = np.einsum("oi,ij,oj->o", difference, damped.double().numpy(), difference)
+    # Scales are rounded to float16, and the signs of a few are held.
+    assert (errors <= 1.02 * best).mean() > 0.8
+    assert (errors >= best * (1 - 1e-3)).all()
+
+
+def test_scales_keep_their_signs_and_padding_is_zero() -> None:
+    matrix, tokens = _layer(172, 20)
+    found = quantize_compensated(matrix, tokens.T @ tokens, 64)
+    assert (found.alpha[0] >= 0).all()
+    assert (found.alpha[1] <= 0).all()
+    assert found.alpha.dtype == torch.float16
+    assert not (found.weight[..., -1] >> 4).any()
+
+
+def test_an_input_that_is_always_zero_does_no_harm() -> None:
+    matrix, tokens = _layer(64, 8)
+    tokens[:, 5] = 0
+    found = quantize_compensated(matrix, tokens.T @ tokens, 64)
+    assert found.dense().isfinite().all()
+
+
+def test_equal_inputs_give_equal_bytes() -> None:
+    matrix, tokens = _layer(96, 40)
+    first, second = (quantize_compensated(matrix, tokens.T @ tokens, 32) for _ in range(2))
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.alpha, second.alpha)

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from dbllm_cli.configs import InitFdbConfig
@@ -171,8 +172,10 @@ def compensate_layers(
 def _quantize(name: str, module: nn.Module, gram: Tensor, group_size: int) -> QuantizedMatrix:
     weight = cast(Tensor, module.weight)
     require_finite(f"{name}.weight", weight)
+    matrix = matrix_of(module, weight).to(torch.float32)
     try:
-        return quantize_compensated(matrix_of(module, weight).float(), gram, group_size)
+        with torch.autocast(gram.device.type, enabled=False):  # it is for the blocks' products
+            return quantize_compensated(matrix, gram, group_size)
     except StageFailedError as error:
         hint = f"leave it out: --exclude {name}"
         raise StageFailedError(f"{name}: {error.message}", hint) from error

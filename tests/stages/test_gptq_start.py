@@ -48,6 +48,14 @@ def test_the_errors_of_the_blocks_are_those_of_the_stored_model(
     assert told == pytest.approx(block_errors(outcome.artifact, llama_folder, ids), rel=0.02)
 
 
+def test_bfloat16_comes_close_to_float32(workshop: Workshop, inputs: dict[str, Artifact]) -> None:
+    errors = [
+        workshop.run("init-fdb", inputs, **GPTQ, compute_dtype=dtype).metrics["blocks"][-1]["error"]
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+
+
 def test_layers_that_are_left_out_stay_as_they_are(
     workshop: Workshop, inputs: dict[str, Artifact], llama_folder: Path
 ) -> None:

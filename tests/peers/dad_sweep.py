@@ -53,11 +53,10 @@ def main() -> None:
 
 def perplexity(options: argparse.Namespace, settings: Settings, seed: int) -> float:
     ambiguity, gamma, plain = settings
-    trained = dbllm(
-        ["distill", options.student, options.model, options.calibration, "--loss", "dad"]
-        + ["--ambiguity", ambiguity, "--gamma", str(gamma), "--plain-weight", str(plain)]
-        + ["--seed", str(seed), *shlex.split(options.distill)]
-    )
+    loss = ["--loss", "dad", "--ambiguity", ambiguity, "--gamma", str(gamma)]
+    loss += ["--plain-weight", str(plain), "--seed", str(seed), *shlex.split(options.distill)]
+    inputs = [options.student, options.model, options.calibration]
+    trained = dbllm(["distill", *inputs, *loss])
     evaluated = dbllm(
         ["eval-ppl", trained, "--text", str(options.text), *shlex.split(options.eval)]
     )

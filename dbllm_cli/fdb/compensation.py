@@ -35,6 +35,8 @@ def quantize_compensated(matrix: Tensor, gram: Tensor, group_size: int) -> Quant
     Raises:
         StageFailedError: a scale is not finite in float16, or XᵀX has no inverse.
     """
+    if not torch.isfinite(gram).all():
+        raise StageFailedError("its inputs are not finite", "use --compute-dtype float32")
     damped = _damp(gram)
     planes, alpha = _round_columns(matrix, _inverse_root(damped), group_size)
     alpha = _refit_scales(matrix, damped, planes, alpha, group_size)
@@ -141,10 +143,12 @@ def _refit_rows(matrix: Tensor, planes: Tensor, alpha: Tensor, gram: Tensor) -> 
     system = system.transpose(1, 2).reshape(rows, unknowns, unknowns)
     target = torch.matmul(weighed.mT, matrix.unsqueeze(-1))
     # A plane that is empty would make its system singular.
-    diagonal = system.diagonal(dim1=-2, dim2=-1)
-    damped = system + torch.diag_embed(1e-6 * diagonal.mean(-1, keepdim=True) + 0 * diagonal)
+    damping = (1e-6 * system.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-12)
+    damped = system + damping[:, None, None] * torch.eye(unknowns, device=system.device)
     solved = torch.linalg.solve(damped, target).reshape(rows, 2, groups).transpose(0, 1)
-    found = round_scales(torch.stack(project_signs(solved[0], solved[1])))
+    found = torch.stack(project_signs(solved[0], solved[1]))
+    fits = found.abs().amax((0, -1)) <= torch.finfo(torch.float16).max
+    found = round_scales(torch.where(fits.unsqueeze(-1), found, alpha.to(torch.float32)))
     errors = [_relative_output_error(system, target, scales) for scales in (found, alpha)]
     return torch.where((errors[0] < errors[1]).unsqueeze(-1), found, alpha)
 

@@ -13,11 +13,12 @@ _LARGEST_HEAD = 512
 _MOST_SHARED = 64
 
 
-def can_attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+def can_attend_one(query: Tensor, key: Tensor, value: Tensor, mask: object) -> bool:
     """Whether `attend_one` takes these; scaled_dot_product_attention takes all."""
     batch, heads, queries, dim = query.shape
     return (
         queries == 1
+        and batch > 0
         and query.device.type == "cpu"
         and query.dtype in _DTYPES
         and key.dtype == value.dtype == query.dtype
@@ -25,6 +26,8 @@ def can_attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
         and key.shape[0] == batch
         and key.shape[-1] == dim <= _LARGEST_HEAD
         and key.stride(-1) == value.stride(-1) == 1
+        and key.shape[2] > 0
+        and heads % key.shape[1] == 0
         and heads <= _MOST_SHARED * key.shape[1]
         and _hides_positions(mask, batch, key.shape[2])
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))
@@ -32,14 +35,19 @@ def can_attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     )
 
 
-def _hides_positions(mask: Tensor | None, batch: int, positions: int) -> bool:
+def _hides_positions(mask: object, batch: int, positions: int) -> bool:
     """A mask of whole positions, the same for every head, or none."""
     if mask is None:
         return True
-    return mask.dtype == torch.bool and mask.shape in {
-        (batch, 1, 1, positions),
-        (1, 1, 1, positions),
-    }
+    return (
+        isinstance(mask, Tensor)
+        and mask.dtype == torch.bool
+        and mask.shape
+        in {
+            (batch, 1, 1, positions),
+            (1, 1, 1, positions),
+        }
+    )
 
 
 def attend_one(

@@ -120,3 +120,19 @@ class PackedBlock:
             self.scale,
         )
         return out
+
+
+@torch.library.register_fake("dbllm::block_before_cache")  # type: ignore[untyped-decorator]
+def _before_cache_shapes(
+    hidden: Tensor, *tensors_and_sizes: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, key_heads, head_dim = (int(size) for size in tensors_and_sizes[11:14])
+    batch = hidden.shape[0]
+    query = hidden.new_empty(batch, heads, 1, head_dim)
+    key, value = (hidden.new_empty(batch, key_heads, 1, head_dim) for _ in range(2))
+    return query, key, value
+
+
+@torch.library.register_fake("dbllm::block_after_cache")  # type: ignore[untyped-decorator]
+def _after_cache_shape(hidden: Tensor, *tensors_and_sizes: Tensor | float) -> Tensor:
+    return torch.empty_like(hidden)

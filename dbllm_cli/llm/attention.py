@@ -35,10 +35,13 @@ def attention_forward(
     return attend_one(query, key, value, attention_mask, scale), None
 
 
+# A model that was pickled needs them before anything is called.
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
 def use_cpu_attention(model: PreTrainedModel) -> None:
-    """Give a model with transformers' default attention the kernel, where there is one."""
+    """Give a model with sdpa, transformers' default attention, the kernel where there is one."""
     if cpu_kernels() is None or model.config._attn_implementation != _DEFAULT:  # noqa: SLF001
         return
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)

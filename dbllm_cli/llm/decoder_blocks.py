@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from dbllm_cli.fdb.linear import FdbLinear
@@ -12,6 +13,8 @@ from dbllm_cli.kernels import PackedBlock, can_attend_one
 from dbllm_cli.llm.attention import NAME, attention_forward
 from dbllm_cli.llm.blocks import find_blocks
 
+# Others with the same modules scale queries, or rotate a part of each head.
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _MOST_SEQUENCES = 32
 _DTYPES = (torch.float32, torch.bfloat16)
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -23,9 +26,9 @@ _HEAD_NORMS = ("q_norm", "k_norm")
 def use_block_kernels(model: PreTrainedModel) -> None:
     """Let every block that computes what `PackedBlock` does decode with it, on the CPU.
 
-    A block is one by its modules' names, and by giving the same on random numbers.
+    A block is one by its class, its modules, and by giving the same on random numbers.
     """
-    if model.config._attn_implementation != NAME:  # noqa: SLF001
+    if model.config._attn_implementation != NAME:
         return
     for layer in find_blocks(model).modules:
         block = _packed_block(layer)
@@ -38,7 +41,8 @@ def use_block_kernels(model: PreTrainedModel) -> None:
 class _Decoding:
     """The forward of a block: in two operators for single tokens, else its own.
 
-    Its own too where a module was replaced or has a hook, as adapters and tracers do it.
+    Its own too where a module, a tensor, a forward or the attention was replaced or a module has
+    a hook, as adapters and tracers do it; and in training.
     """
 
     def __init__(self, layer: nn.Module, block: PackedBlock) -> None:
@@ -46,13 +50,12 @@ class _Decoding:
         self._block = block
         self._own: Callable[..., Tensor] = type(layer).forward
         self._attention = layer.get_submodule("self_attn")
-        self._cache_index = cast(int, self._attention.layer_idx)
         self._modules = [part for part in layer.modules() if part is not layer]
         # Where every tensor and module of the block is kept, to see when one is replaced.
         self._held: list[tuple[Any, str, object]] = [
             (kept, name, held)
             for part in layer.modules()
-            for kept in (part._modules, part._parameters, part._buffers)  # noqa: SLF001
+            for kept in (part._modules, part._parameters, part._buffers)
             for name, held in kept.items()
             if held is not None
         ]
@@ -67,10 +70,11 @@ class _Decoding:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        fits = past_key_values is not None and position_embeddings is not None
-        if fits and self._takes(hidden_states):
-            assert past_key_values is not None
-            assert position_embeddings is not None
+        if (
+            past_key_values is not None
+            and position_embeddings is not None
+            and self._takes(hidden_states, position_embeddings)
+        ):
             return self._decode(hidden_states, attention_mask, past_key_values, position_embeddings)
         return self._own(
             self._layer,
@@ -83,16 +87,31 @@ class _Decoding:
             **kwargs,
         )
 
-    def _takes(self, hidden: Tensor) -> bool:
+    def _takes(self, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> bool:
+        batch, tokens, _ = hidden.shape
+        angles = {(batch, 1, self._block.head_dim), (1, 1, self._block.head_dim)}
         return (
-            hidden.shape[1] == 1
-            and hidden.shape[0] <= _MOST_SEQUENCES
+            tokens == 1
+            and 0 < batch <= _MOST_SEQUENCES
             and hidden.dtype in _DTYPES
             and hidden.device.type == "cpu"
+            and all(part.shape in angles for part in positions)
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in self._modules)  # noqa: SLF001
+            and self._is_untouched()
+        )
+
+    def _is_untouched(self) -> bool:
+        """Whether the block is still what it was when its tensors were collected."""
+        attention: Any = self._attention
+        return (
+            not attention.training
+            and attention.config._attn_implementation == NAME
+            and attention.scaling == self._block.scale
+            and not module_hooks._global_forward_hooks
+            and not module_hooks._global_forward_pre_hooks
+            and not any("forward" in vars(part) or _has_hook(part) for part in self._modules)
             and all(parts.get(name) is part for parts, name, part in self._held)
         )
 
@@ -104,7 +123,7 @@ class _Decoding:
         positions: tuple[Tensor, Tensor],
     ) -> Tensor:
         query, key, value = self._block.before_cache(hidden, *positions)
-        key, value = cache.update(key, value, self._cache_index)
+        key, value = cache.update(key, value, cast(int, self._attention.layer_idx))
         if can_attend_one(query, key, value, mask):
             return self._block.after_cache(hidden, query, key, value, mask)
         scaling = self._block.scale
@@ -119,20 +138,39 @@ class _Decoding:
         generator = torch.Generator().manual_seed(0)
         block, own, ours = self._block, DynamicCache(), DynamicCache()
         for _ in range(2):
-            hidden = torch.randn(1, 1, block.input_norm.shape[0], generator=generator)
-            angles = torch.randn(1, 1, block.head_dim // 2, generator=generator).repeat(1, 1, 2)
+            sizes = block.input_norm.shape[0], block.head_dim // 2
+            hidden, half = (
+                torch.randn(1, 1, size, generator=generator, dtype=torch.float32, device="cpu")
+                for size in sizes
+            )
+            angles = half.repeat(1, 1, 2)
             positions = angles.cos(), angles.sin()
             expected = self._own(
                 self._layer, hidden, past_key_values=own, position_embeddings=positions
             )
             found = self._decode(hidden, None, ours, positions)
-            if (found - expected).norm() > 1e-3 * (expected - hidden).norm():
+            # NaN is no agreement.
+            if not (found - expected).norm() <= 1e-3 * (expected - hidden).norm():
                 return False
         return True
 
 
+def _has_hook(module: nn.Module) -> bool:
+    """Whether a module has a hook beside transformers' own, which records attention weights.
+
+    It stays where it was once wanted, and our attention gives no weights.
+    """
+    hooks = module._forward_hooks.values()
+    return bool(module._forward_pre_hooks) or any(
+        getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks
+    )
+
+
 def _packed_block(layer: nn.Module) -> PackedBlock | None:
-    """A block's tensors; None where its modules are not the expected ones."""
+    """A block's tensors; None where it or its modules are not the expected ones."""
+    known = any(type(layer).__name__ == f"{family}DecoderLayer" for family in _FAMILIES)
+    if not known or not type(layer).__module__.startswith("transformers.models."):
+        return None
     parts = {name: dict(module.named_children()) for name, module in layer.named_children()}
     attention, feed_forward = parts.get("self_attn", {}), parts.get("mlp", {})
     others = set(attention) - set(_ATTENTION)

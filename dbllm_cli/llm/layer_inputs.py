@@ -1,6 +1,7 @@
 """What the linear layers of one decoder block get as inputs."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,33 +44,45 @@ def layers_by_input(
 
 @torch.no_grad()
 def weighted_gram(
-    layer: nn.Module, in_features: int, token_weights: Sequence[Tensor], run: Callable[[], object]
+    block: nn.Module,
+    layer: nn.Module,
+    in_features: int,
+    token_weights: Sequence[Tensor],
+    run: Callable[[], object],
 ) -> Tensor:
     """XᵀX of a layer's inputs, float32 `[in, in]`, tokens weighted.
 
     Args:
-        layer: the layer.
+        block: the decoder block, called once a batch.
+        layer: a layer of it.
         in_features: inputs of the layer.
-        token_weights: of each batch `[batch, tokens]`, on the device of the inputs; ignored for a
-            layer that does not get every token.
+        token_weights: of each batch `[batch, tokens]`, on the device of the inputs; ignored where
+            the layer does not get every token.
         run: runs the block on all batches in that order.
     """
     device = token_weights[0].device
     gram = torch.zeros(in_features, in_features, device=device)
-    weights = iter(token_weights)
+    batches = iter(token_weights)
+    weights = token_weights[0]
+
+    def begin(module: nn.Module, args: Any) -> None:
+        nonlocal weights
+        del module, args
+        weights = next(batches)
 
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         del module
-        x, own = args[0].to(torch.float32).flatten(0, -2), next(weights).flatten()
+        x, own = args[0].to(torch.float32).flatten(0, -2), weights.flatten()
         if len(x) == len(own):
             x = x * own.sqrt().unsqueeze(-1)
         # Under autocast the sums would be bfloat16.
         with torch.autocast(device.type, enabled=False):
             gram.addmm_(x.T, x)
 
-    handle = layer.register_forward_pre_hook(add)
+    handles = [block.register_forward_pre_hook(begin), layer.register_forward_pre_hook(add)]
     try:
         run()
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return gram

@@ -153,9 +153,16 @@ def compensate_layers(
     batches = [part.to(device) for part in weights.split(batch_size)]
     first = entering[:batch_size].to(device)
     quantized: dict[str, QuantizedMatrix] = {}
-    for together in layers_by_input(block, own, lambda: model.run_block(index, block, first)):
+    shared = layers_by_input(block, own, lambda: model.run_block(index, block, first))
+    for name in sorted(set(own) - {name for together in shared for name in together}):
+        raise StageFailedError(
+            f"{prefix}.{name} was not called by the first batch, so its errors can't be weighed",
+            f"leave it out: --exclude {prefix}.{name}, or use --method als",
+        )
+    for together in shared:
         layer = block.get_submodule(together[0])
         gram = weighted_gram(
+            block,
             layer,
             layer_shape(layer)[0],
             batches,

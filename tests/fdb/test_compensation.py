@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.compensation import quantize_compensated
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import quantize_matrix
@@ -97,3 +98,20 @@ def test_equal_inputs_give_equal_bytes() -> None:
     first, second = (quantize_compensated(matrix, tokens.T @ tokens, 32) for _ in range(2))
     assert torch.equal(first.weight, second.weight)
     assert torch.equal(first.alpha, second.alpha)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12])
+def test_rows_of_zeros_or_beneath_float16_become_zeros(size: float) -> None:
+    matrix, tokens = _layer(96, 8)
+    matrix[2] *= size
+    found = quantize_compensated(matrix, tokens.T @ tokens, 32)
+    assert not found.dense()[2].any()
+    assert found.dense()[3].any()
+    assert not quantize_compensated(size * matrix, tokens.T @ tokens, 32).dense()[2].any()
+
+
+def test_inputs_that_are_not_finite_are_an_error_of_their_own() -> None:
+    matrix, tokens = _layer(64, 8)
+    tokens[3, 5] = torch.nan
+    with pytest.raises(StageFailedError, match="inputs are not finite"):
+        quantize_compensated(matrix, tokens.T @ tokens, 64)

@@ -124,3 +124,12 @@ def test_a_view_gives_what_its_copy_gives(
     assert torch.equal(y, layer(x.clone(memory_format=torch.contiguous_format)))
     assert y.is_contiguous()
     assert_close(y, x, layer)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_any_number_of_vectors_gives_the_product_of_each() -> None:
+    layer = random_layer(32, 16, 32)
+    x = normal(4200, 32, dtype=torch.bfloat16)
+    expected = layer(x)
+    for rows in [*range(1, 200), *range(900, 1200), *range(2030, 2130), 4199]:
+        assert torch.allclose(layer(x[:rows]), expected[:rows], rtol=1e-2, atol=1e-3), rows

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dbllm_cli.fdb.linear import FdbLinear
-from dbllm_cli.kernels import cpu_kernels
+from dbllm_cli.kernels import PackedBlock, cpu_kernels
 from dbllm_cli.llm.attention import NAME, use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks
 from dbllm_cli.llm.decoder_blocks import use_block_kernels
@@ -139,6 +141,98 @@ def test_gradients_reach_the_embeddings_of_one_token() -> None:
     assert vectors.grad is not None
 
 
+def test_a_forward_that_was_replaced_is_used() -> None:
+    models = [_served("llama"), _packed("llama")]
+    for model in models:
+        feed_forward = find_blocks(model).modules[0].get_submodule("mlp")
+        own = feed_forward.forward
+        feed_forward.forward = lambda x, own=own: 3 * own(x)
+    logits, expected = map(_logits, models)
+    assert _same(logits, expected)
+
+
+def test_an_attention_that_is_chosen_later_is_used() -> None:
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    AttentionInterface.register("counted", counted)
+    model = _served("llama")
+    model.set_attn_implementation("counted")
+    _logits(model)
+    assert len(calls) == 12 * model.config.num_hidden_layers
+
+
+def test_hooks_of_every_module_see_every_layer() -> None:
+    model, seen = _served("llama"), []
+    handle = register_module_forward_hook(
+        lambda module, *_: seen.append(1) if isinstance(module, FdbLinear) else None
+    )
+    try:
+        _logits(model)
+    finally:
+        handle.remove()
+    assert len(seen) == 12 * 14
+
+
+def test_hidden_states_that_were_once_asked_for_leave_decoding_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, calls = _served("llama"), []
+    after = PackedBlock.after_cache
+
+    def counted(self: PackedBlock, *args: Any) -> Tensor:
+        calls.append(1)
+        return after(self, *args)
+
+    monkeypatch.setattr(PackedBlock, "after_cache", counted)
+    _logits(model, output_hidden_states=True)
+    _logits(model)
+    assert len(calls) == 2 * 11 * model.config.num_hidden_layers
+
+
+def test_blocks_in_another_order_use_their_new_places_in_the_cache() -> None:
+    models = [_served("llama"), _packed("llama")]
+    for model in models:
+        layers = find_blocks(model).modules
+        layers[0], layers[1] = layers[1], layers[0]
+        for index, layer in enumerate(layers):
+            layer.get_submodule("self_attn").layer_idx = index
+    logits, expected = map(_logits, models)
+    assert _same(logits, expected)
+
+
+def test_dropout_is_applied_in_training() -> None:
+    model = _served("llama")
+    for layer in find_blocks(model).modules:
+        layer.get_submodule("self_attn").attention_dropout = 0.9
+    model.train()
+    torch.manual_seed(0)
+    prompt = torch.ones(1, 1, dtype=torch.long)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 9).unsqueeze(0), past_key_values=cache)
+        twice = [
+            model(input_ids=prompt, past_key_values=copy.deepcopy(cache)).logits for _ in range(2)
+        ]
+    assert not torch.equal(*twice)
+
+
+def test_angles_of_a_part_of_each_head_are_left_to_the_blocks_own_forward() -> None:
+    layer = find_blocks(_served("llama")).modules[0]
+    hidden, angles = torch.zeros(1, 1, 64), torch.zeros(1, 1, 8)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must match the size"):
+        layer(hidden, past_key_values=DynamicCache(), position_embeddings=(angles, angles))
+
+
+def test_a_batch_without_sequences_is_refused_by_the_blocks_own_forward() -> None:
+    empty = torch.ones(0, 1, dtype=torch.long)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="0 elements"):
+        _served("llama")(input_ids=empty, use_cache=True)
+
+
 def test_weights_that_are_loaded_later_are_used() -> None:
     model, other = _served("llama"), _packed("llama")
     state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
@@ -170,6 +264,7 @@ def test_a_block_that_scales_its_residual_keeps_its_own_forward() -> None:
             after: Tensor = super().forward(hidden_states, **kwargs)
             return hidden_states + 0.9 * (after - hidden_states)
 
+    Scaled.__name__, Scaled.__module__ = plain.__name__, plain.__module__
     first.__class__ = Scaled
     use_block_kernels(model)
     assert _fused(model) == 1

@@ -153,7 +153,7 @@ tensor array_new(const int64_t* sizes, int64_t dim, element_type type, char** da
                     : type == BFLOAT16 ? torch.bfloat16()
                                        : torch.float16();
     tensor result;
-    torch.empty(dim, sizes, strides, dtype, 0, 0, &result);
+    if (torch.empty(dim, sizes, strides, dtype, 0, 0, &result)) abort(); /* no memory */
     torch.data_ptr(result, (void**)data);
     return result;
 }

@@ -46,6 +46,7 @@ static void multiply(call* c) {
     int64_t chunks = fdb_ceil_div(c->rows, FDB_MAX_COLUMNS);
     if (chunks > 1) chunks += chunks % 2;
     c->products.columns = fdb_ceil_div(c->rows, chunks);
+    chunks = fdb_ceil_div(c->rows, c->products.columns);
     torch.threads(&threads);
     if (chunks >= threads)
         torch.parallel_for(0, chunks, 1, multiply_chunks, c);

@@ -27,7 +27,7 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(INSTALL) --editable '.[gguf,dev]'
+	$(INSTALL) --editable '.[gguf,eval,dev]'
 	touch $@
 
 demo: venv

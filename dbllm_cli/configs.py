@@ -7,7 +7,7 @@ by its bytes, not its path) or `{"key": False}` (does not change the result: not
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ComputeDtype = Literal["bfloat16", "float32"]
 InputFile = Annotated[str, Field(json_schema_extra={"file": True})]
@@ -211,6 +211,33 @@ class EvalPplConfig(TextConfig):
         if self.protocol == "strided" and self.stride >= self.sequence_length:
             raise ValueError("strided needs a stride below sequence_length")
         return self
+
+
+class EvalTasksConfig(StageConfig):
+    """Settings of `eval-tasks`."""
+
+    tasks: tuple[str, ...] = Field(
+        ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"),
+        description="names of lm-evaluation-harness tasks or groups, separated by commas",
+    )
+    include_path: InputFile | None = Field(
+        None,
+        description="folder of task files of your own, with the data they read; "
+        "code that they name with !function runs",
+    )
+    limit: int | None = Field(None, gt=0, description="take only the first items of every task")
+    num_fewshot: int = Field(0, ge=0, description="solved examples before every item")
+    batch_size: int = Field(8, gt=0, description="requests run at once")
+    compute_dtype: ComputeDtype = Field("float32", description=_COMPUTE)
+    seed: int = Field(0, ge=0, description="seed of the choice of solved examples")
+
+    @field_validator("tasks")
+    @classmethod
+    def _one_name_each(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        names = [name.strip() for entry in tasks for name in entry.split(",")]
+        if not all(names):
+            raise ValueError("a name of a task is empty")
+        return tuple(dict.fromkeys(names))
 
 
 class BenchConfig(StageConfig):

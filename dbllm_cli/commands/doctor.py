@@ -25,6 +25,7 @@ _FEATURES = (
     "asimd", "i8mm", "sve", "bf16",
 )  # fmt: skip
 _INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+_EXTRAS = {"gguf": "only for .gguf models", "eval": "only for eval-tasks"}
 _BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -102,14 +103,16 @@ def _dependencies() -> Iterator[Check]:
     except importlib.metadata.PackageNotFoundError:
         return
     for requirement in map(Requirement, required):
-        optional = requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
-        if optional and not (requirement.marker and requirement.marker.evaluate({"extra": "gguf"})):
+        marker = requirement.marker
+        optional = marker is not None and not marker.evaluate({"extra": ""})
+        extras = [name for name in _EXTRAS if marker and marker.evaluate({"extra": name})]
+        if optional and not extras:
             continue
         found = _version(requirement.name)
         fits = found is not None and requirement.specifier.contains(found, prereleases=True)
         hint = "" if fits else f'pip install "{requirement.name}{requirement.specifier}"'
         if optional and found is None:
-            yield Check(requirement.name, True, "absent (only for .gguf models)", hint)
+            yield Check(requirement.name, True, f"absent ({_EXTRAS[extras[0]]})", hint)
         else:
             yield Check(requirement.name, fits, found or "absent", hint)
 

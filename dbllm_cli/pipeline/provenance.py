@@ -14,7 +14,7 @@ from dbllm_cli.stages.machine import (
     processor,
 )
 
-_PACKAGES = ("dbllm", "torch", "transformers")
+_PACKAGES = ("dbllm", "torch", "transformers", "lm_eval")
 
 
 class Recorder:

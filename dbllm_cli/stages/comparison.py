@@ -2,13 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.store import Artifact
 
 WINDOWS = "windows.json"
+ITEMS = "items.json"
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,47 @@ class EvalResult:
         return ratio_standard_error(self.losses, self.tokens)
 
 
-def comparable_groups(results: Iterable[EvalResult]) -> list[list[EvalResult]]:
-    """Results of the same protocol, data and tokenizer together, in the order given."""
-    groups: dict[str, list[EvalResult]] = {}
+@dataclass(frozen=True)
+class TasksResult:
+    """One tasks artifact.
+
+    Attributes:
+        model: digest of what was evaluated, 12 digits.
+        kind: model, fdb or packed.
+        what: tasks and settings, for people.
+        comparable: digest of the settings and of every request; only equal ones are compared.
+        scores: task -> metric (acc, acc_norm) -> score of every item, 0 or 1.
+    """
+
+    model: str
+    kind: str
+    what: str
+    comparable: str
+    scores: Mapping[str, Mapping[str, tuple[float, ...]]]
+
+    @classmethod
+    def read(cls, artifact: Artifact) -> "TasksResult":
+        """Read a tasks artifact."""
+        items = json.loads((artifact.path / ITEMS).read_text())
+        metrics = json.loads((artifact.path / "metrics.json").read_text())
+        return cls(
+            artifact.manifest["lineage"]["inputs"]["model"][:12],
+            metrics["evaluated"],
+            metrics["what"],
+            metrics["comparable"],
+            {
+                task: {metric: tuple(values) for metric, values in found.items()}
+                for task, found in items.items()
+            },
+        )
+
+
+Result = TypeVar("Result", EvalResult, TasksResult)
+
+
+def comparable_groups(results: Iterable[Result]) -> list[list[Result]]:
+    """Results of the same settings and data together, in the order given."""
+    groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.comparable, []).append(result)
     return list(groups.values())
@@ -79,7 +119,7 @@ def paired_difference(first: EvalResult, second: EvalResult) -> tuple[float, flo
     return mean, ratio_standard_error(differences, first.tokens)
 
 
-def ratio_standard_error(losses: tuple[float, ...], tokens: tuple[int, ...]) -> float:
+def ratio_standard_error(losses: Sequence[float], tokens: Sequence[int]) -> float:
     """Standard error of sum(losses) / sum(tokens) over windows, by the ratio estimator."""
     count = len(losses)
     if count < 2:
@@ -87,3 +127,14 @@ def ratio_standard_error(losses: tuple[float, ...], tokens: tuple[int, ...]) -> 
     mean = math.fsum(losses) / sum(tokens)
     squares = math.fsum((loss - mean * n) ** 2 for loss, n in zip(losses, tokens, strict=True))
     return math.sqrt(squares / (count - 1) * count) / sum(tokens)
+
+
+def accuracy(scores: Sequence[float]) -> tuple[float, float]:
+    """Mean score, and its standard error over items."""
+    return math.fsum(scores) / len(scores), ratio_standard_error(scores, (1,) * len(scores))
+
+
+def paired_accuracy(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Difference of accuracy on the same items, first − second, and its paired standard error."""
+    differences = tuple(a - b for a, b in zip(first, second, strict=True))
+    return accuracy(differences)

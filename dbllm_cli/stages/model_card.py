@@ -4,7 +4,14 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dbllm_cli.stages.comparison import EvalResult, comparable_groups, paired_difference
+from dbllm_cli.stages.comparison import (
+    EvalResult,
+    TasksResult,
+    accuracy,
+    comparable_groups,
+    paired_accuracy,
+    paired_difference,
+)
 from dbllm_cli.store import Artifact
 
 
@@ -13,7 +20,7 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
 
     Args:
         fdb: the artifact that was packed.
-        evals: eval artifacts to show; only results of one protocol and data share a table.
+        evals: eval and tasks artifacts; only results of the same settings and data share a table.
         sizes: metrics of the pack.
     """
     lineage = fdb.manifest["lineage"]
@@ -41,7 +48,8 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         json.dumps(lineage, indent=2, sort_keys=True),
         "```",
         "",
-        *_perplexities(EvalResult.read(artifact) for artifact in evals),
+        *_perplexities(EvalResult.read(each) for each in evals if each.kind == "eval"),
+        *_accuracies(TasksResult.read(each) for each in evals if each.kind == "tasks"),
     ]
     return "\n".join(lines) + "\n"
 
@@ -82,3 +90,33 @@ def _perplexities(results: Iterable[EvalResult]) -> list[str]:
             )
         lines.append("")
     return lines
+
+
+def _accuracies(results: Iterable[TasksResult]) -> list[str]:
+    lines: list[str] = []
+    for group in comparable_groups(results):
+        models = [f"{result.kind} `{result.model}`" for result in group]
+        lines += [
+            f"## Accuracy: {group[0].what}",
+            "",
+            "With standard errors; in parentheses the difference to the first model, paired.",
+            "",
+            f"| task | {' | '.join(models)} |",
+            "|---|" + "---|" * len(group),
+        ]
+        for task, metrics in group[0].scores.items():
+            for metric in metrics:
+                columns = [result.scores[task][metric] for result in group]
+                cells = [_accuracy_cell(column, columns[0]) for column in columns]
+                lines.append(f"| {task}, {metric} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _accuracy_cell(scores: tuple[float, ...], first: tuple[float, ...]) -> str:
+    mean, error = accuracy(scores)
+    cell = f"{mean:.4f} ± {error:.4f}"
+    if scores is first:
+        return cell
+    difference, paired_error = paired_accuracy(scores, first)
+    return f"{cell} ({difference:+.4f} ± {paired_error:.4f})"

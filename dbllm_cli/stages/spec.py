@@ -81,6 +81,7 @@ def members(inputs: Mapping[str, Artifact], slot: str) -> list[Artifact]:
 _MODEL = Slot("model", ("model",), "the teacher: folder, hub id, .gguf or builtin:NAME")
 _STUDENT = Slot("student", ("fdb",), "the quantized model to train: an fdb artifact")
 _CALIBRATION = Slot("calibration", ("calibration",), "token sequences: a calibration artifact")
+_EVALUATED = Slot("model", ("model", "fdb", "packed"), "a model, an fdb or a packed artifact")
 
 STAGES: dict[str, StageSpec] = {
     spec.name: spec
@@ -123,7 +124,13 @@ STAGES: dict[str, StageSpec] = {
             configs.PackConfig,
             (
                 Slot("fdb", ("fdb",), "the quantized model: an fdb artifact"),
-                Slot("evals", ("eval",), "figures for the model card", required=False, many=True),
+                Slot(
+                    "evals",
+                    ("eval", "tasks"),
+                    "figures for the model card: of eval-ppl and eval-tasks",
+                    required=False,
+                    many=True,
+                ),
             ),
             "packed",
             "Write a model folder that transformers loads.",
@@ -133,11 +140,19 @@ STAGES: dict[str, StageSpec] = {
             1,
             configs.EvalPplConfig,
             (
-                Slot("model", ("model", "fdb", "packed"), "a model, an fdb or a packed artifact"),
+                _EVALUATED,
                 Slot("calibration", ("calibration",), "its held-out part is read", required=False),
             ),
             "eval",
             "Measure perplexity by a named protocol.",
+        ),
+        StageSpec(
+            "eval-tasks",
+            1,
+            configs.EvalTasksConfig,
+            (_EVALUATED,),
+            "tasks",
+            "Measure zero-shot accuracy on tasks of lm-evaluation-harness.",
         ),
         StageSpec(
             "bench",

@@ -86,7 +86,7 @@ def files_digest(path: Path, cache: DigestCache, files: Iterable[Path] | None = 
     Args:
         path: a file or a folder.
         cache: where digests of unchanged files are remembered.
-        files: the files of the folder that count; all when absent.
+        files: the files of the folder that count; when absent, all but Python's own caches.
 
     Raises:
         OSError: a file can't be read.
@@ -94,7 +94,8 @@ def files_digest(path: Path, cache: DigestCache, files: Iterable[Path] | None = 
     if path.is_file():
         return cache.sha256(path)
     if files is None:
-        files = (file for file in path.rglob("*") if file.is_file())
+        found = (file for file in path.rglob("*") if file.is_file())
+        files = (file for file in found if file.parent.name != "__pycache__")
     return digest_of({file.relative_to(path).as_posix(): cache.sha256(file) for file in files})
 
 

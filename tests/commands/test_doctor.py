@@ -14,7 +14,7 @@ from tests.commands.conftest import DbllmCall
 
 INSTALLED = {"dbllm": "0.1.0", "torch": "2.7.0", "transformers": "4.40.0", "rich": "14.0"}
 REQUIRED = ["torch>=2.6", "transformers>=5.23,<6", "rich", "absent", 'gguf; extra == "gguf"',
-            'ruff; extra == "dev"']  # fmt: skip
+            'lm_eval; extra == "eval"', 'ruff; extra == "dev"']  # fmt: skip
 
 
 @pytest.fixture
@@ -49,6 +49,8 @@ def test_packages_are_held_against_the_requirements(
     }  # fmt: skip
     assert found["gguf"]["ok"]
     assert found["gguf"]["hint"] == 'pip install "gguf"'
+    assert found["lm_eval"]["ok"]
+    assert found["lm_eval"]["found"] == "absent (only for eval-tasks)"
     assert "ruff" not in found
 
 

@@ -20,7 +20,8 @@ steps:
   distill: {inputs: {student: reconstruct, model: model, calibration: calibrate}}
   eval-ppl: {inputs: {model: distill, calibration: calibrate}}
   eval-teacher: {stage: eval-ppl, inputs: {model: model, calibration: calibrate}}
-  pack: {inputs: {fdb: distill, evals: [eval-ppl, eval-teacher]}}
+  eval-tasks: {inputs: {model: distill}, config: {tasks: [piqa, arc_easy], limit: 500}}
+  pack: {inputs: {fdb: distill, evals: [eval-ppl, eval-teacher, eval-tasks]}}
   bench: {inputs: {model: model, packed: pack}}
 """
 

@@ -90,3 +90,14 @@ def test_a_folders_digest_covers_names_and_bytes(tmp_path: Path) -> None:
     renamed = files_digest(folder, cache)
     (folder / "b.txt").write_text("two")
     assert len({before, renamed, files_digest(folder, cache)}) == 3
+
+
+def test_what_python_caches_beside_task_files_is_no_part_of_a_folder(tmp_path: Path) -> None:
+    cache = DigestCache(tmp_path / "cache.json")
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "functions.py").write_text("one = 1")
+    before = files_digest(folder, cache)
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "functions.cpython-311.pyc").write_bytes(b"compiled")
+    assert files_digest(folder, cache) == before

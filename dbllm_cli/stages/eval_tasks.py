@@ -1,0 +1,118 @@
+"""eval-tasks: accuracy on tasks of lm-evaluation-harness, with the score of every item."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dbllm_cli.configs import EvalTasksConfig
+from dbllm_cli.errors import ConfigError
+from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
+from dbllm_cli.llm.packed import write_json
+from dbllm_cli.stages.comparison import ITEMS, accuracy
+from dbllm_cli.stages.resuming import last_checkpoint, note_environment, save_checkpoint
+from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.store import Artifact, digest_of
+
+_CHECKPOINT = "tasks"
+_Results = dict[str, dict[str, Any]]
+
+
+def run(config: EvalTasksConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+    """Make the tasks artifact: items.json beside the metrics.
+
+    Raises:
+        ConfigError: the harness is not installed, or a task can't be read or gives no accuracy.
+        StageFailedError: the model gives no numbers.
+    """
+    harness = _harness()
+    include_path = None if config.include_path is None else Path(config.include_path)
+    tasks = harness.open_tasks(config.tasks, include_path, config.num_fewshot, config.seed)
+    note_environment(ctx.scratch, ctx.device, ctx.progress)
+    results = _finished(ctx)
+    left = [name for name in tasks if name not in results]
+    if left:
+        scorer = _scorer(harness, config, inputs["model"], ctx)
+        for name in left:
+            found = scorer.score(name, tasks[name], config.limit)
+            results[name] = {"scores": found.scores, "data_digest": found.data_digest}
+            save_checkpoint(ctx.scratch, _CHECKPOINT, len(results), {}, {"results": results})
+    results = {name: results[name] for name in tasks}
+    write_json(ctx.out / ITEMS, {name: result["scores"] for name, result in results.items()})
+    metrics = _metrics(config, inputs["model"].kind, results)
+    _show(metrics, ctx)
+    return metrics
+
+
+def _harness() -> ModuleType:
+    try:
+        from dbllm_cli.llm import tasks
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"eval-tasks needs lm-evaluation-harness: {error}",
+            "pip install -c constraints.txt -e '.[eval]'",
+        ) from error
+    return tasks
+
+
+def _scorer(harness: ModuleType, config: EvalTasksConfig, model: Artifact, ctx: Context) -> Any:
+    folder = model_folder(model, ctx.work, ctx.trust_remote_code)
+    tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
+    dtype = getattr(torch, config.compute_dtype)
+    loaded = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
+    return harness.TaskScorer(loaded, tokenizer, config.batch_size, ctx.progress)
+
+
+def _finished(ctx: Context) -> _Results:
+    """The results of the tasks that a killed run had finished."""
+    checkpoint = last_checkpoint(ctx.scratch, _CHECKPOINT)
+    if checkpoint is None:
+        return {}
+    results: Any = checkpoint[1]["results"]
+    ctx.progress.note(f"going on after the tasks {', '.join(results)}")
+    return dict(results)
+
+
+def _metrics(config: EvalTasksConfig, evaluated: str, results: _Results) -> Metrics:
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, result in results.items():
+        figures: dict[str, Any] = {"items": len(next(iter(result["scores"].values())))}
+        for metric, scores in result["scores"].items():
+            figures[metric], figures[f"{metric}_standard_error"] = accuracy(scores)
+        tasks[name] = {**figures, "data_digest": result["data_digest"]}
+    first = f", first {config.limit} items" if config.limit else ""
+    errors = [task["acc_standard_error"] for task in tasks.values()]
+    return {
+        "evaluated": evaluated,
+        "what": f"{', '.join(config.tasks)}, {config.num_fewshot}-shot{first}",
+        "mean_acc": math.fsum(task["acc"] for task in tasks.values()) / len(tasks),
+        "mean_acc_standard_error": math.hypot(*errors) / len(tasks),
+        "items": sum(task["items"] for task in tasks.values()),
+        "tasks": tasks,
+        "comparable": digest_of(
+            {
+                "compute_dtype": config.compute_dtype,
+                "data": {name: task["data_digest"] for name, task in tasks.items()},
+            }
+        ),
+    }
+
+
+def _show(metrics: Metrics, ctx: Context) -> None:
+    columns = ("acc", "acc_norm")
+    rows = [
+        (name, task["items"], *(_cell(task, metric) for metric in columns))
+        for name, task in metrics["tasks"].items()
+    ]
+    mean = {"acc": metrics["mean_acc"], "acc_standard_error": metrics["mean_acc_standard_error"]}
+    rows.append(("mean", metrics["items"], *(_cell(mean, metric) for metric in columns)))
+    ctx.progress.table("accuracy with its standard error", ("task", "items", *columns), rows)
+
+
+def _cell(figures: Mapping[str, float], metric: str) -> str:
+    if metric not in figures:
+        return ""
+    return f"{figures[metric]:.4f} ± {figures[f'{metric}_standard_error']:.4f}"

@@ -105,15 +105,23 @@ class _Decoding:
     def _is_untouched(self) -> bool:
         """Whether the block is still what it was when its tensors were collected."""
         attention: Any = self._attention
-        return (
-            not attention.training
-            and attention.config._attn_implementation == NAME
-            and attention.scaling == self._block.scale
-            and not module_hooks._global_forward_hooks
-            and not module_hooks._global_forward_pre_hooks
-            and not any("forward" in vars(part) or _has_hook(part) for part in self._modules)
-            and all(parts.get(name) is part for parts, name, part in self._held)
-        )
+        if (
+            attention.training
+            or attention.config._attn_implementation != NAME
+            or attention.scaling != self._block.scale
+            or module_hooks._global_forward_hooks
+            or module_hooks._global_forward_pre_hooks
+        ):
+            return False
+        # Plain loops: this runs for every block of every token.
+        for part in self._modules:
+            hooked = part._forward_pre_hooks or (part._forward_hooks and _has_hook(part))
+            if hooked or "forward" in part.__dict__:
+                return False
+        for parts, name, held in self._held:  # noqa: SIM110
+            if parts.get(name) is not held:
+                return False
+        return True
 
     def _decode(
         self,
@@ -156,14 +164,12 @@ class _Decoding:
 
 
 def _has_hook(module: nn.Module) -> bool:
-    """Whether a module has a hook beside transformers' own, which records attention weights.
+    """Whether a module has a forward hook beside transformers' own.
 
-    It stays where it was once wanted, and our attention gives no weights.
+    That one records attention weights, which ours does not give, and stays once it was wanted.
     """
     hooks = module._forward_hooks.values()
-    return bool(module._forward_pre_hooks) or any(
-        getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks
-    )
+    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
 
 
 def _packed_block(layer: nn.Module) -> PackedBlock | None:

@@ -68,9 +68,15 @@ def attend_one(
     Returns:
         `[batch, 1, heads, dim]`.
     """
-    hidden = query.new_empty(0, 0, dtype=torch.bool) if mask is None else mask.contiguous()
-    attended: Tensor = torch.ops.dbllm.attend_one_cpu(query, key, value, hidden, scale)
+    attended: Tensor = torch.ops.dbllm.attend_one_cpu(
+        query, key, value, mask_argument(query, mask), scale
+    )
     return attended
+
+
+def mask_argument(query: Tensor, mask: Tensor | None) -> Tensor:
+    """A mask as the compiled operators take it: `[0, 0]` for none."""
+    return query.new_empty(0, 0, dtype=torch.bool) if mask is None else mask.contiguous()
 
 
 @torch.library.register_fake("dbllm::attend_one_cpu")  # type: ignore[untyped-decorator]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dbllm_cli.kernels.attention import mask_argument
+
 
 @dataclass(frozen=True)
 class PackedBlock:
@@ -102,13 +104,12 @@ class PackedBlock:
         Returns:
             `[batch, 1, hidden]`.
         """
-        none = hidden.new_empty(0, 0, dtype=torch.bool)
         out: Tensor = torch.ops.dbllm.block_after_cache(
             hidden,
             query,
             key,
             value,
-            none if mask is None else mask.contiguous(),
+            mask_argument(query, mask),
             self.o,
             self.inner_norm,
             self.gate,

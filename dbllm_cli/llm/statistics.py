@@ -12,12 +12,16 @@ from dbllm_cli.llm.blocks import DecoderBlocks, find_blocks
 from dbllm_cli.progress import Task
 
 
-class InputStatistics:
-    """Sums, over tokens, of the squares of each layer's inputs, weighted per token.
+def token_weights(output: Tensor) -> Tensor:
+    """1 / mean square of a block's output for each token, `[...]` from `[..., hidden]`, float32.
 
-    A token's weight is 1 / mean square of the block's output for it, so that the first token, whose
-    hidden state is huge in LLaMA-like models, does not stand for all.
+    So the first token, whose hidden state is huge in LLaMA-like models, does not stand for all.
     """
+    return output.to(torch.float32).square().mean(-1).clamp(min=1e-12).reciprocal()
+
+
+class InputStatistics:
+    """Sums, over tokens, of the squares of each layer's inputs, by `token_weights`."""
 
     def __init__(self, blocks: DecoderBlocks) -> None:
         self._blocks = blocks
@@ -50,13 +54,12 @@ class InputStatistics:
         def add(module: nn.Module, args: Any, output: Any) -> None:
             del module, args
             hidden = output[0] if isinstance(output, tuple) else output
-            size = hidden.to(torch.float32).square().mean(-1).clamp(min=1e-12)
-            token_weights = size.reciprocal().flatten()
+            weights = token_weights(hidden).flatten()
             for name in [n for n in self._inputs if n.startswith(f"{block_name}.")]:
                 squares = self._inputs.pop(name).to(torch.float32).square().flatten(0, -2)
-                if squares.shape[0] != token_weights.shape[0]:
+                if squares.shape[0] != weights.shape[0]:
                     continue
-                self._add(name, token_weights @ squares, float(token_weights.sum()))
+                self._add(name, weights @ squares, float(weights.sum()))
 
         return add
 

@@ -1,12 +1,18 @@
-"""Hidden states between blocks, for the stages that go through a model block by block."""
+"""What the stages share that go through a model block by block: streams, and finished blocks."""
 
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from torch import Tensor
 
+from dbllm_cli.fdb.losses import relative_token_error
+from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.llm.streaming import StreamedModel
+from dbllm_cli.llm.tensors import TensorFolder, save_tensors
 from dbllm_cli.stages.resuming import last_checkpoint, save_checkpoint
 
 BlockReport = list[dict[str, float]]
@@ -50,3 +56,49 @@ def keep_streams(scratch: Path, streams: BlockStreams, report: BlockReport) -> N
     """Save what a killed run goes on from; the last block's own files must be written before."""
     tensors = {"teacher": streams.teacher, "student": streams.student}
     save_checkpoint(scratch, "streams", len(report) - 1, tensors, {"report": report})
+
+
+def keep_layers(
+    scratch: Path,
+    index: int,
+    layers: Mapping[str, QuantizedMatrix],
+    latents: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a finished block's layers, whole or not at all.
+
+    Args:
+        scratch: of the stage.
+        index: of the block.
+        layers: name within the block -> planes and scales.
+        latents: name within the block -> latent weights, where they were trained.
+    """
+    tensors = {f"{name}.latent": latent for name, latent in (latents or {}).items()}
+    for name, matrix in layers.items():
+        tensors[f"{name}.weight"], tensors[f"{name}.alpha"] = matrix.weight, matrix.alpha
+    path = scratch / f"block-{index}.safetensors"
+    save_tensors(tensors, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+
+
+def finished_layers(
+    model: StreamedModel, scratch: Path, group_size: int
+) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
+    """Full name, planes and scales, and latent weights or None, of every layer that was kept."""
+    for index in range(len(model.blocks)):
+        tensors = TensorFolder(scratch, f"block-{index}")
+        for key in tensors.names():
+            if not key.endswith(".alpha"):
+                continue
+            name = key.removesuffix(".alpha")
+            full = f"{model.blocks.name(index)}.{name}"
+            in_features, _ = layer_shape(model.model.get_submodule(full))
+            weight, alpha = tensors.get(f"{name}.weight"), tensors.get(key)
+            latent = tensors.get(f"{name}.latent") if f"{name}.latent" in tensors else None
+            yield full, QuantizedMatrix(weight, alpha, in_features, group_size), latent
+
+
+def mean_error(output: Tensor, targets: Tensor, batch_size: int) -> float:
+    """Relative error of a block's output, `[n, tokens, hidden]` both, batch by batch."""
+    parts = zip(output.split(batch_size), targets.split(batch_size), strict=True)
+    errors = [float(relative_token_error(o, t)) * len(o) for o, t in parts]
+    return math.fsum(errors) / len(output)

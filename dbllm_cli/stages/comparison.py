@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.store import Artifact
@@ -14,23 +14,39 @@ ITEMS = "items.json"
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """One eval artifact.
+class _Result:
+    """What was evaluated, and how.
 
     Attributes:
         model: digest of what was evaluated, 12 digits.
         kind: model, fdb or packed.
-        what: protocol and data, for people.
-        comparable: digest of protocol, data and tokenizer; only equal ones are compared.
-        perplexity: exp of the token-weighted mean loss.
-        losses: sum of −ln p of each window.
-        tokens: scored tokens of each window.
+        what: data and settings, for people.
+        comparable: digest of data and settings; only equal ones are compared.
     """
 
     model: str
     kind: str
     what: str
     comparable: str
+
+
+def _read(artifact: Artifact) -> tuple[tuple[str, str, str, str], dict[str, Any]]:
+    """The fields of `_Result`, and the metrics that hold them."""
+    metrics: dict[str, Any] = json.loads((artifact.path / "metrics.json").read_text())
+    model = artifact.manifest["lineage"]["inputs"]["model"][:12]
+    return (model, metrics["evaluated"], metrics["what"], metrics["comparable"]), metrics
+
+
+@dataclass(frozen=True)
+class EvalResult(_Result):
+    """One eval artifact.
+
+    Attributes:
+        perplexity: exp of the token-weighted mean loss.
+        losses: sum of −ln p of each window.
+        tokens: scored tokens of each window.
+    """
+
     perplexity: float
     losses: tuple[float, ...]
     tokens: tuple[int, ...]
@@ -39,12 +55,9 @@ class EvalResult:
     def read(cls, artifact: Artifact) -> "EvalResult":
         """Read an eval artifact."""
         content = json.loads((artifact.path / WINDOWS).read_text())
-        metrics = json.loads((artifact.path / "metrics.json").read_text())
+        common, metrics = _read(artifact)
         return cls(
-            artifact.manifest["lineage"]["inputs"]["model"][:12],
-            metrics["evaluated"],
-            metrics["what"],
-            metrics["comparable"],
+            *common,
             metrics["perplexity"] if metrics["perplexity"] is not None else math.inf,
             tuple(content["losses"]),
             tuple(content["tokens"]),
@@ -57,33 +70,22 @@ class EvalResult:
 
 
 @dataclass(frozen=True)
-class TasksResult:
+class TasksResult(_Result):
     """One tasks artifact.
 
     Attributes:
-        model: digest of what was evaluated, 12 digits.
-        kind: model, fdb or packed.
-        what: tasks and settings, for people.
-        comparable: digest of the settings and of every request; only equal ones are compared.
         scores: task -> metric (acc, acc_norm) -> score of every item, 0 or 1.
     """
 
-    model: str
-    kind: str
-    what: str
-    comparable: str
     scores: Mapping[str, Mapping[str, tuple[float, ...]]]
 
     @classmethod
     def read(cls, artifact: Artifact) -> "TasksResult":
         """Read a tasks artifact."""
         items = json.loads((artifact.path / ITEMS).read_text())
-        metrics = json.loads((artifact.path / "metrics.json").read_text())
+        common, _ = _read(artifact)
         return cls(
-            artifact.manifest["lineage"]["inputs"]["model"][:12],
-            metrics["evaluated"],
-            metrics["what"],
-            metrics["comparable"],
+            *common,
             {
                 task: {metric: tuple(values) for metric, values in found.items()}
                 for task, found in items.items()
@@ -91,7 +93,7 @@ class TasksResult:
         )
 
 
-Result = TypeVar("Result", EvalResult, TasksResult)
+Result = TypeVar("Result", bound=_Result)
 
 
 def comparable_groups(results: Iterable[Result]) -> list[list[Result]]:

@@ -6,6 +6,7 @@ states between two blocks are in memory.
 
 import copy
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -16,13 +17,21 @@ from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.compensation import quantize_compensated
 from dbllm_cli.fdb.linear import FdbLinear
-from dbllm_cli.fdb.losses import relative_token_error
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
 from dbllm_cli.llm.layer_inputs import layers_by_input, weighted_gram
+from dbllm_cli.llm.statistics import token_weights
 from dbllm_cli.llm.streaming import StreamedModel
-from dbllm_cli.llm.tensors import TensorFolder, require_finite, save_tensors
-from dbllm_cli.stages.block_streams import BlockReport, BlockStreams, begin_streams, keep_streams
+from dbllm_cli.llm.tensors import require_finite
+from dbllm_cli.stages.block_streams import (
+    BlockReport,
+    BlockStreams,
+    begin_streams,
+    finished_layers,
+    keep_layers,
+    keep_streams,
+    mean_error,
+)
 from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.spec import Context
 from dbllm_cli.stages.trained_layers import autocast, replace_module
@@ -70,23 +79,11 @@ class GptqStart:
         return report
 
     def finished_layers(self) -> Iterator[tuple[str, QuantizedMatrix]]:
-        """Every layer, read back from scratch."""
-        for index in range(len(self.model.blocks)):
-            tensors = TensorFolder(self.ctx.scratch, f"block-{index}")
-            for key in tensors.names():
-                if not key.endswith(".alpha"):
-                    continue
-                name = key.removesuffix(".alpha")
-                module = self.model.model.get_submodule(name)
-                yield (
-                    name,
-                    QuantizedMatrix(
-                        tensors.get(f"{name}.weight"),
-                        tensors.get(key),
-                        layer_shape(module)[0],
-                        self.config.group_size,
-                    ),
-                )
+        """Full name, planes and scales of every layer, read back from scratch."""
+        for name, quantized, _ in finished_layers(
+            self.model, self.ctx.scratch, self.config.group_size
+        ):
+            yield name, quantized
 
     def _quantize_block(self, index: int, streams: BlockStreams) -> float:
         """Quantize one block; the streams move on to its outputs. Its relative error."""
@@ -96,93 +93,78 @@ class GptqStart:
             targets = self.model.run_all(index, block, streams.teacher, size)
             student = copy.deepcopy(block)
             self.model.drop_block(index)
-            quantized = compensate_layers(
-                self.model,
-                index,
-                student,
-                self.names,
-                streams.student,
-                targets,
-                self.config.group_size,
-                size,
-            )
+            quantized = self._compensate(index, student, streams.student, targets)
             output = self.model.run_all(index, student, streams.student, size)
-        tensors: dict[str, Tensor] = {}
-        for name, matrix in quantized.items():
-            tensors[f"{name}.weight"], tensors[f"{name}.alpha"] = matrix.weight, matrix.alpha
-        path = self.ctx.scratch / f"block-{index}.safetensors"
-        save_tensors(tensors, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        keep_layers(self.ctx.scratch, index, quantized)
         streams.teacher, streams.student = targets, output
-        return round(float(relative_token_error(output, targets)), 6)
+        return round(mean_error(output, targets, size), 6)
 
+    def _compensate(
+        self, index: int, block: nn.Module, entering: Tensor, targets: Tensor
+    ) -> dict[str, QuantizedMatrix]:
+        """Quantize a block's layers in order and put them in their places.
 
-def compensate_layers(
-    model: StreamedModel,
-    index: int,
-    block: nn.Module,
-    names: Collection[str],
-    entering: Tensor,
-    targets: Tensor,
-    group_size: int,
-    batch_size: int,
-) -> dict[str, QuantizedMatrix]:
-    """Quantize a block's layers in order and put them in their places.
+        Args:
+            index: of the block.
+            block: a copy of the teacher's block, changed in place.
+            entering: what the quantized blocks before it give, float32 `[n, tokens, hidden]`.
+            targets: the teacher block's output in the teacher, which weighs the tokens.
 
-    Args:
-        model: the teacher.
-        index: of the block.
-        block: a copy of the teacher's block, changed in place.
-        names: full names of the layers to quantize, others among them.
-        entering: what the quantized blocks before it give, float32 `[n, tokens, hidden]`.
-        targets: the teacher block's output in the teacher, which weighs the tokens.
-        group_size: inputs that share two scales.
-        batch_size: as given to `model.enter`.
+        Returns:
+            Name within the block -> planes and scales.
+        """
+        prefix, size = self.model.blocks.name(index), self.config.batch_size
+        names = [name for name, _ in block.named_modules() if f"{prefix}.{name}" in self.names]
+        batches = [part.to(self.ctx.device) for part in token_weights(targets).split(size)]
+        quantized: dict[str, QuantizedMatrix] = {}
+        for together in self._in_order(index, block, names, entering[:size]):
+            layer = block.get_submodule(together[0])
+            gram = weighted_gram(
+                block,
+                layer,
+                layer_shape(layer)[0],
+                batches,
+                lambda: self.model.run_all(index, block, entering, size),
+            )
+            for name in together:
+                module = block.get_submodule(name)
+                quantized[name] = _quantize(
+                    f"{prefix}.{name}", module, gram, self.config.group_size
+                )
+                bias = cast("Tensor | None", getattr(module, "bias", None))
+                replace_module(block, name, FdbLinear.holding(quantized[name], bias))
+        return quantized
 
-    Returns:
-        Full name -> planes and scales.
-
-    Raises:
-        ArtifactCorruptError: a weight is NaN.
-        StageFailedError: a scale is not finite, or XᵀX has no inverse.
-    """
-    prefix, device = model.blocks.name(index), model.device
-    own = [name for name, _ in block.named_modules() if f"{prefix}.{name}" in names]
-    # As in reconstruct, the first token's huge hidden state must not stand for all.
-    weights = targets.square().mean(-1).clamp(min=1e-12).reciprocal()
-    batches = [part.to(device) for part in weights.split(batch_size)]
-    first = entering[:batch_size].to(device)
-    quantized: dict[str, QuantizedMatrix] = {}
-    shared = layers_by_input(block, own, lambda: model.run_block(index, block, first))
-    for name in sorted(set(own) - {name for together in shared for name in together}):
-        raise StageFailedError(
-            f"{prefix}.{name} was not called by the first batch, so its errors can't be weighed",
-            f"leave it out: --exclude {prefix}.{name}, or use --method als",
-        )
-    for together in shared:
-        layer = block.get_submodule(together[0])
-        gram = weighted_gram(
-            block,
-            layer,
-            layer_shape(layer)[0],
-            batches,
-            lambda: model.run_all(index, block, entering, batch_size),
-        )
-        for name in together:
-            full, module = f"{prefix}.{name}", block.get_submodule(name)
-            quantized[full] = _quantize(full, module, gram, group_size)
-            bias = cast("Tensor | None", getattr(module, "bias", None))
-            replace_module(block, name, FdbLinear.holding(quantized[full], bias))
-    return quantized
+    def _in_order(
+        self, index: int, block: nn.Module, names: list[str], few: Tensor
+    ) -> list[list[str]]:
+        """The layers in the order of their calls on a batch, by the input they share."""
+        few = few.to(self.ctx.device)
+        shared = layers_by_input(block, names, lambda: self.model.run_block(index, block, few))
+        missed = set(names) - {name for together in shared for name in together}
+        if missed:
+            name = f"{self.model.blocks.name(index)}.{min(missed)}"
+            raise StageFailedError(
+                f"{name} was not called by the first batch, so its errors can't be weighed",
+                f"leave it out: --exclude {name}, or use --method als",
+            )
+        return shared
 
 
 def _quantize(name: str, module: nn.Module, gram: Tensor, group_size: int) -> QuantizedMatrix:
     weight = cast(Tensor, module.weight)
     require_finite(f"{name}.weight", weight)
     matrix = matrix_of(module, weight).to(torch.float32)
+    # Autocast is for the blocks' products.
+    with names_layer(name), torch.autocast(gram.device.type, enabled=False):
+        return quantize_compensated(matrix, gram, group_size)
+
+
+@contextmanager
+def names_layer(name: str) -> Iterator[None]:
+    """Puts the layer's name, and how to leave it out, into a StageFailedError."""
     try:
-        with torch.autocast(gram.device.type, enabled=False):  # it is for the blocks' products
-            return quantize_compensated(matrix, gram, group_size)
+        yield
     except StageFailedError as error:
         hint = f"leave it out: --exclude {name}"
         raise StageFailedError(f"{name}: {error.message}", hint) from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dbllm_cli.configs import InitFdbConfig
-from dbllm_cli.errors import ConfigError, StageFailedError
+from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
 from dbllm_cli.llm.blocks import find_blocks, matrix_of, select_layers
@@ -25,7 +25,7 @@ from dbllm_cli.llm.models import (
 )
 from dbllm_cli.llm.packed import layer_tensors, quantized_config, write_json
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder, require_finite
-from dbllm_cli.stages.gptq_start import GptqStart
+from dbllm_cli.stages.gptq_start import GptqStart, names_layer
 from dbllm_cli.stages.layer_report import over_all_layers, show_layers, write_layer_report
 from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
@@ -94,11 +94,8 @@ def _quantize(
 ) -> QuantizedMatrix:
     on_device = None if importance is None else importance.to(matrix.device)
     alpha = fit_scales(matrix, config.group_size, config.method, on_device)
-    try:
+    with names_layer(name):
         return quantize_matrix(matrix, alpha, config.group_size)
-    except StageFailedError as error:
-        hint = f"leave it out: --exclude {name}"
-        raise StageFailedError(f"{name}: {error.message}", hint) from error
 
 
 def _write_tensors(

@@ -14,15 +14,21 @@ from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.losses import relative_token_error
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
-from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import LatentLinear
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
 from dbllm_cli.llm.models import model_folder
 from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.llm.streaming import StreamedModel
-from dbllm_cli.llm.tensors import TensorFolder, save_tensors
 from dbllm_cli.progress import Task
-from dbllm_cli.stages.block_streams import BlockReport, BlockStreams, begin_streams, keep_streams
+from dbllm_cli.stages.block_streams import (
+    BlockReport,
+    BlockStreams,
+    begin_streams,
+    finished_layers,
+    keep_layers,
+    keep_streams,
+    mean_error,
+)
 from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
 from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
@@ -46,7 +52,11 @@ def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context)
     training = _BlockTraining(config, PackedFolder(inputs["student"].path), folder, ctx)
     calibration = open_calibration(inputs["calibration"])
     report = training.train_all(calibration.train[: config.num_samples])
-    write_requantized(training.student, ctx.out, training.finished_layers())
+    finished = finished_layers(training.model, ctx.scratch, training.student.group_size)
+    kept = (
+        (n, quantized, latent if config.keep_latents else None) for n, quantized, latent in finished
+    )
+    write_requantized(training.student, ctx.out, kept)
     layers = over_all_layers(write_layer_report(folder, calibration.input_mean_squares, ctx))
     errors = [block["error_after"] for block in report]
     ctx.progress.table(
@@ -104,8 +114,9 @@ class _BlockTraining:
             replace_module(block, name, FdbLinear.holding(quantized[name], layer.bias))
         with autocast(self.ctx.device, self.config.compute_dtype):
             output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
-        after = _mean_error(output, targets, batch_size)
-        self._save_block(index, quantized, layers)
+        after = mean_error(output, targets, batch_size)
+        latents = {name: layer.latent for name, layer in layers.items()}
+        keep_layers(self.ctx.scratch, index, quantized, latents)
         streams.teacher, streams.student = targets, output
         return {"error_before": round(before, 6), "error_after": round(after, 6)}
 
@@ -117,7 +128,7 @@ class _BlockTraining:
         few = slice(0, _BATCHES_BEFORE * batch_size)
         with autocast(self.ctx.device, self.config.compute_dtype):
             output = self.model.run_all(index, block, entering[few], batch_size)
-        return _mean_error(output, targets[few], batch_size)
+        return mean_error(output, targets[few], batch_size)
 
     def _student_block(
         self, index: int, teacher: nn.Module
@@ -183,40 +194,3 @@ class _BlockTraining:
             loss.backward()
             optimizer.step(schedule_factor(step, total, self.config.warmup_steps))
             task.advance(len(chosen), block=index, loss=value)
-
-    def _save_block(
-        self,
-        index: int,
-        quantized: Mapping[str, QuantizedMatrix],
-        layers: Mapping[str, LatentLinear],
-    ) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, matrix in quantized.items():
-            tensors[f"{name}.weight"], tensors[f"{name}.alpha"] = matrix.weight, matrix.alpha
-            tensors[f"{name}.latent"] = layers[name].latent
-        path = self.ctx.scratch / f"block-{index}.safetensors"
-        save_tensors(tensors, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
-
-    def finished_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
-        """Every trained layer, read back from scratch, with its latent weights if they are kept."""
-        for index in range(len(self.model.blocks)):
-            tensors = TensorFolder(self.ctx.scratch, f"block-{index}")
-            for key in tensors.names():
-                if not key.endswith(".latent"):
-                    continue
-                name, latent = key.removesuffix(".latent"), tensors.get(key)
-                quantized = QuantizedMatrix(
-                    tensors.get(f"{name}.weight"),
-                    tensors.get(f"{name}.alpha"),
-                    latent.shape[1],
-                    self.student.group_size,
-                )
-                full = f"{self.model.blocks.name(index)}.{name}"
-                yield full, quantized, latent if self.config.keep_latents else None
-
-
-def _mean_error(output: Tensor, targets: Tensor, batch_size: int) -> float:
-    parts = zip(output.split(batch_size), targets.split(batch_size), strict=True)
-    errors = [float(relative_token_error(o, t)) * len(o) for o, t in parts]
-    return math.fsum(errors) / len(output)

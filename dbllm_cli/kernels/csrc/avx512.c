@@ -210,7 +210,8 @@ TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64
     else if (count == FDB_BLOCK_TILES)
         block_one_column(shape, tiles, tables, steps, from, to, FDB_BLOCK_TILES, y);
     else
-        block_one_column(shape, tiles, tables, steps, from, to, (int)count, y);
+        /* Fewer: said so that the compiler sees it. */
+        block_one_column(shape, tiles, tables, steps, from, to, (int)count % FDB_BLOCK_TILES, y);
 }
 
 const fdb_kernel fdb_avx512_integer = {"avx512", WORD_TABLE, make_table, NULL, add_block};

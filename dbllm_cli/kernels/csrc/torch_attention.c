@@ -6,6 +6,14 @@
 
 #include "fdb.h"
 
+typedef struct {
+    int64_t heads;
+    const float* query; /* [batch][heads][dim], scaled */
+    array key, value;   /* [batch][key heads][positions][dim] */
+    array mask;         /* bool [batch or 1][1][1][positions], or [0][0] for none */
+    float *scores, *out;
+} call;
+
 enum { GRAIN = 1 << 15 }; /* multiplications: less is not worth waking another thread */
 
 static const char* head_of(const array* x, int64_t sequence, int64_t head) {
@@ -13,7 +21,7 @@ static const char* head_of(const array* x, int64_t sequence, int64_t head) {
 }
 
 static void attend(int64_t first, int64_t last, void* context) {
-    const attention_call* c = context;
+    const call* c = context;
     const array *key = &c->key, *value = &c->value, *mask = &c->mask;
     int64_t heads = key->sizes[1], positions = key->sizes[2], dim = key->sizes[3];
     int64_t shared = c->heads / heads;
@@ -38,33 +46,34 @@ static void attend(int64_t first, int64_t last, void* context) {
     }
 }
 
-void attention_run(attention_call* c) {
-    int64_t key_heads = c->key.sizes[1], positions = c->key.sizes[2], dim = c->key.sizes[3];
-    c->scores = work_memory(WORK_ATTENTION, work_bytes(c->batch * c->heads * positions * 4));
-    int64_t work = c->heads / key_heads * positions * dim;
-    torch.parallel_for(0, c->batch * key_heads, 1 + GRAIN / work, attend, c);
+void attention_run(const stable_value* arguments, const array* query, float scale, float* scaled,
+                   float* out) {
+    call c = {.heads = query->sizes[1], .query = scaled, .out = out};
+    array_describe((tensor)arguments[1], &c.key);
+    array_describe((tensor)arguments[2], &c.value);
+    array_describe((tensor)arguments[3], &c.mask);
+    int64_t batch = query->sizes[0], rows = batch * c.heads, dim = query->sizes[3];
+    int64_t key_heads = c.key.sizes[1], positions = c.key.sizes[2];
+    for (int64_t i = 0; i < rows; i++) array_read(query, i, dim, scaled + i * dim);
+    for (int64_t i = 0; i < rows * dim; i++) scaled[i] *= scale;
+    c.scores = work_memory(WORK_ATTENTION, work_bytes(rows * positions * 4));
+    int64_t work = c.heads / key_heads * positions * dim;
+    torch.parallel_for(0, batch * key_heads, 1 + GRAIN / work, attend, &c);
 }
 
 void attend_one_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     array query;
-    attention_call c;
     double scale;
     char* data;
     memcpy(&scale, &stack[4], sizeof scale);
     array_describe((tensor)stack[0], &query);
-    array_describe((tensor)stack[1], &c.key);
-    array_describe((tensor)stack[2], &c.value);
-    array_describe((tensor)stack[3], &c.mask);
-    c.batch = query.sizes[0], c.heads = query.sizes[1];
-    int64_t rows = c.batch * c.heads, dim = query.sizes[3];
-    float* own = work_memory(WORK_INPUTS, work_bytes(2 * rows * dim * 4));
-    for (int64_t i = 0; i < rows; i++) array_read(&query, i, dim, own + i * dim);
-    for (int64_t i = 0; i < rows * dim; i++) own[i] *= (float)scale;
-    c.query = own, c.out = own + rows * dim;
-    attention_run(&c);
-    tensor result = array_new((int64_t[]){c.batch, 1, c.heads, dim}, 4, query.type, &data);
-    array_write(c.out, rows * dim, 1, query.type, data, 0);
+    int64_t batch = query.sizes[0], heads = query.sizes[1], dim = query.sizes[3];
+    int64_t numbers = batch * heads * dim;
+    float* own = work_memory(WORK_INPUTS, work_bytes(2 * numbers * 4));
+    attention_run(stack, &query, (float)scale, own, own + numbers);
+    tensor result = array_new((int64_t[]){batch, 1, heads, dim}, 4, query.type, &data);
+    array_write(own + numbers, numbers, 1, query.type, data, 0);
     for (int i = 0; i < 4; i++) torch.delete_tensor((tensor)stack[i]);
     stack[0] = (stable_value)result;
 }

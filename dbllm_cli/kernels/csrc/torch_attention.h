@@ -4,15 +4,13 @@
 
 #include "torch_abi.h"
 
-typedef struct {
-    int64_t batch, heads;
-    const float* query; /* [batch][heads][dim], scaled */
-    array key, value;   /* [batch][key heads][positions][dim] */
-    array mask;         /* bool [batch or 1][1][1][positions], or [0][0] for none */
-    float* out;         /* [batch][heads][dim] */
-    float* scores;
-} attention_call;
-
-void attention_run(attention_call* call);
+/* Attends from the operator's arguments query, key, value and mask.
+ *
+ * `query`: the first of them, [batch][heads][1][dim].
+ * `scaled`: room for its numbers times `scale`.
+ * `out`: [batch][heads][dim].
+ */
+void attention_run(const stable_value* arguments, const array* query, float scale, float* scaled,
+                   float* out);
 
 #endif

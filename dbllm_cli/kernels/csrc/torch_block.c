@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "attention.h"
 #include "torch_attention.h"
 #include "torch_products.h"
 
@@ -36,14 +37,8 @@ static float* take(char** memory, int64_t count) {
 }
 
 static void normalize(float* x, const float* weight, int64_t count, float eps) {
-    float lanes[16] = {0}, sum = 0;
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int lane = 0; lane < 16; lane++) lanes[lane] += x[i + lane] * x[i + lane];
-    for (; i < count; i++) sum += x[i] * x[i];
-    for (int lane = 0; lane < 16; lane++) sum += lanes[lane];
-    float factor = 1 / sqrtf(sum / (float)count + eps);
-    for (i = 0; i < count; i++) x[i] *= factor * weight[i];
+    float factor = 1 / sqrtf(attention_dot(x, x, count) / (float)count + eps);
+    for (int64_t i = 0; i < count; i++) x[i] *= factor * weight[i];
 }
 
 /* Normalized rows [batch][products_row] for a product. */
@@ -180,21 +175,6 @@ static void add_product(const block* b, stable_value tiles, const float* from, i
     for (int64_t i = 0; i < b->batch * b->hidden; i++) hidden[i] += out[i];
 }
 
-static void attend(const block* b, const stable_value* stack, float scale, float* query,
-                   float* out) {
-    array own;
-    attention_call c = {.batch = b->batch, .query = query, .out = out};
-    array_describe((tensor)stack[0], &own);
-    array_describe((tensor)stack[1], &c.key);
-    array_describe((tensor)stack[2], &c.value);
-    array_describe((tensor)stack[3], &c.mask);
-    c.heads = own.sizes[1];
-    int64_t rows = b->batch * c.heads, dim = own.sizes[3];
-    for (int64_t i = 0; i < rows; i++) array_read(&own, i, dim, query + i * dim);
-    for (int64_t i = 0; i < rows * dim; i++) query[i] *= scale;
-    attention_run(&c);
-}
-
 void block_after_cache(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     enum { HIDDEN, QUERY, MASK = 4, OUTPUT, NORM, GATE, UP, DOWN, TENSORS };
     (void)inputs, (void)outputs;
@@ -213,7 +193,7 @@ void block_after_cache(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     float *gate = take(&memory, b.batch * widest), *up = take(&memory, b.batch * widest);
     float *work = take(&memory, b.hidden), *out = take(&memory, b.batch * b.hidden);
     for (int64_t i = 0; i < b.batch; i++) array_read(&b.x, i, b.hidden, hidden + i * b.hidden);
-    attend(&b, stack + QUERY, (float)scale, gate, up);
+    attention_run(stack + QUERY, &query, (float)scale, gate, up);
     add_product(&b, stack[OUTPUT], up, heads, x, out, hidden);
     normalized_rows(&b, hidden, work, x);
     products p = products_of(&b, b.hidden, x);

@@ -166,6 +166,12 @@ class DistillConfig(TrainConfig):
         10, gt=0, description="steps between checkpoints", json_schema_extra={"key": False}
     )
     keep_latents: bool = Field(False, description="store the latent weights, to train on from them")
+    recompute: bool = Field(
+        True,
+        description="run every block again in backward instead of keeping its activations: "
+        "less memory, a fifth more time",
+        json_schema_extra={"key": False},
+    )
 
 
 class PackConfig(StageConfig):

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, one_hot
+
+from dbllm_cli.kernels import DistillationTerms, can_distil, distillation_terms
 
 Head = Callable[[Tensor], Tensor]
 """Final hidden states `[tokens, hidden]` to logits `[tokens, vocabulary]`."""
@@ -91,29 +93,47 @@ class LossAndGradient:
     gradient: Tensor
 
 
+def _next_token_terms(logits: Tensor, labels: Tensor, gradient: bool) -> DistillationTerms:
+    """The cross-entropy to the next token in place of the teacher's; no teacher's entropy."""
+    log_q = log_softmax(logits.detach().to(torch.float32), dim=-1)
+    q = log_q.exp()
+    found = q - one_hot(labels, log_q.shape[-1]) if gradient else log_q[:0]
+    losses = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    return DistillationTerms(losses, torch.zeros_like(losses), -(q * log_q).sum(-1), found)
+
+
+def _distillation_terms(student: Tensor, teacher: Tensor, gradient: bool) -> DistillationTerms:
+    if can_distil(student, teacher):
+        return distillation_terms(student, teacher, gradient)
+    log_q = log_softmax(student.detach().to(torch.float32), dim=-1)
+    log_p = log_softmax(teacher.to(torch.float32), dim=-1)
+    q, p = log_q.exp(), log_p.exp()
+    return DistillationTerms(
+        -(p * log_q).sum(-1),
+        -(p * log_p).sum(-1),
+        -(q * log_q).sum(-1),
+        q - p if gradient else q[:0],
+    )
+
+
 def _token_terms(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None, heads: tuple[Head, Head]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, gradient to hidden, teacher entropy and student entropy of each token of a chunk."""
-    leaf = student.detach().requires_grad_(torch.is_grad_enabled())
-    log_q = log_softmax(heads[0](leaf).to(torch.float32), dim=-1)
-    teacher_entropy = torch.zeros_like(log_q[..., 0])
-    if teacher is None:
-        assert labels is not None
-        losses = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    else:
-        with torch.no_grad():
-            log_p = log_softmax(heads[1](teacher).to(torch.float32), dim=-1)
-            p = log_p.exp()
-            teacher_entropy = -(p * log_p).sum(-1)
-        losses = -(p * log_q).sum(-1)
-    if leaf.requires_grad:
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    wanted = torch.is_grad_enabled()
+    leaf = student.detach().requires_grad_(wanted)
+    logits = heads[0](leaf)
+    with torch.no_grad():
+        if teacher is None:
+            assert labels is not None
+            terms = _next_token_terms(logits, labels, wanted)
+        else:
+            terms = _distillation_terms(logits, heads[1](teacher), wanted)
+    if wanted:
+        (gradient,) = torch.autograd.grad(logits, leaf, terms.gradient.to(logits.dtype))
     else:
         gradient = torch.zeros_like(leaf)
-    with torch.no_grad():
-        student_entropy = -(log_q.exp() * log_q).sum(-1)
-    return losses.detach(), gradient, teacher_entropy, student_entropy
+    return terms.cross_entropy, gradient, terms.teacher_entropy, terms.student_entropy
 
 
 def distillation_loss(

@@ -14,13 +14,14 @@ from dbllm_cli.fdb.groups import from_groups, to_groups
 from dbllm_cli.fdb.levels import (
     assign_planes,
     clamp_to_cells,
+    nearest_level,
     project_signs,
     sorted_levels,
     straight_through_mask,
 )
 from dbllm_cli.fdb.linear import autocast_input
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix, round_scales
-from dbllm_cli.kernels import unpack_planes
+from dbllm_cli.kernels import can_round_latents, latent_gradients, latent_levels, unpack_planes
 
 
 def _scale_gradients(grad: Tensor, b1: Tensor, b2: Tensor, group_size: int) -> Tensor:
@@ -29,23 +30,29 @@ def _scale_gradients(grad: Tensor, b1: Tensor, b2: Tensor, group_size: int) -> T
 
 
 class _LatentWeight(torch.autograd.Function):
-    """Dense weights from latent weights: planes are derived anew at every call."""
+    """Dense weights from latent weights: planes are derived anew, in backward too."""
 
     @staticmethod
     def forward(
         ctx: Any, latent: Tensor, alpha: Tensor, group_size: int, dtype: torch.dtype
     ) -> Tensor:
-        grouped = to_groups(latent, group_size)
-        alpha1, alpha2 = alpha.unsqueeze(-1)
-        b1, b2 = assign_planes(grouped, alpha1, alpha2)
-        passes = straight_through_mask(grouped, sorted_levels(alpha1, alpha2))
-        ctx.save_for_backward(b1, b2, passes)
+        ctx.save_for_backward(latent, alpha)
         ctx.group_size = group_size
-        return from_groups(alpha1 * b1 + alpha2 * b2, latent.shape[-1]).to(dtype)
+        if can_round_latents(latent, alpha, dtype):
+            return latent_levels(latent, alpha, group_size, dtype)
+        levels = sorted_levels(*alpha.unsqueeze(-1))
+        grouped = nearest_level(to_groups(latent, group_size), levels)
+        return from_groups(grouped, latent.shape[-1]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        b1, b2, passes = ctx.saved_tensors
+        latent, alpha = ctx.saved_tensors
+        if can_round_latents(latent, alpha, grad.dtype):
+            return *latent_gradients(grad, latent, alpha, ctx.group_size), None, None
+        grouped = to_groups(latent, ctx.group_size)
+        alpha1, alpha2 = alpha.unsqueeze(-1)
+        b1, b2 = assign_planes(grouped, alpha1, alpha2)
+        passes = straight_through_mask(grouped, sorted_levels(alpha1, alpha2))
         to_latent = grad.to(torch.float32) * from_groups(passes, grad.shape[-1])
         return to_latent, _scale_gradients(grad, b1, b2, ctx.group_size), None, None
 

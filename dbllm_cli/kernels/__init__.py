@@ -1,25 +1,40 @@
-"""The packed product: torch operators, and the routes behind them."""
+"""The packed product and what goes with it: torch operators, and the routes behind them."""
 
-from dbllm_cli.kernels.attention import attend_one, can_attend_one
+from dbllm_cli.kernels.attention import (
+    attend_causal,
+    attend_one,
+    can_attend_causal,
+    can_attend_one,
+)
 from dbllm_cli.kernels.block import PackedBlock
 from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, cpu_kernels
+from dbllm_cli.kernels.distillation import DistillationTerms, can_distil, distillation_terms
 from dbllm_cli.kernels.int8 import dequantize_rows, int8_linear, quantize_rows
+from dbllm_cli.kernels.latents import can_round_latents, latent_gradients, latent_levels
 from dbllm_cli.kernels.operator import fdb_linear, fdb_linear_tiled, has_gpu_kernel
 from dbllm_cli.kernels.reference import dequantize, unpack_planes
 
 __all__ = [
     "REFERENCE",
     "TILED_DTYPES",
+    "DistillationTerms",
     "PackedBlock",
+    "attend_causal",
     "attend_one",
+    "can_attend_causal",
     "can_attend_one",
+    "can_distil",
+    "can_round_latents",
     "cpu_kernels",
     "dequantize",
     "dequantize_rows",
+    "distillation_terms",
     "fdb_linear",
     "fdb_linear_tiled",
     "has_gpu_kernel",
     "int8_linear",
+    "latent_gradients",
+    "latent_levels",
     "quantize_rows",
     "unpack_planes",
 ]

@@ -33,6 +33,16 @@ _OPERATORS.define(
     "attend_one_cpu(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor"
 )
 _OPERATORS.define(
+    "distillation_cpu(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)"
+)
+_OPERATORS.define(
+    "latent_levels_cpu(Tensor latent, Tensor alpha, int group_size, bool bfloat16) -> Tensor"
+)
+_OPERATORS.define(
+    "latent_gradients_cpu(Tensor dense, Tensor latent, Tensor alpha, int group_size)"
+    " -> (Tensor, Tensor)"
+)
+_OPERATORS.define(
     "block_before_cache(Tensor hidden, Tensor norm, Tensor q, Tensor k, Tensor v, Tensor q_bias,"
     " Tensor k_bias, Tensor v_bias, Tensor q_norm, Tensor k_norm, Tensor cos, Tensor sin,"
     " int heads, int key_heads, int head_dim, int group_size, float eps)"

@@ -8,6 +8,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from dbllm_cli.errors import ConfigError
+from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import BlockCall, capture_calls, find_blocks, same_arguments
 from dbllm_cli.llm.models import empty_model, load_config, require_device
 from dbllm_cli.llm.tensors import TensorFolder
@@ -27,6 +28,7 @@ class StreamedModel:
         self.tensors = TensorFolder(folder)
         self.device = device
         self.model = empty_model(load_config(folder, trust_remote_code), trust_remote_code)
+        use_cpu_attention(self.model)
         self.blocks = find_blocks(self.model)
         self._calls: dict[int, list[BlockCall]] = {}
         inside = f"{self.blocks.prefix}."

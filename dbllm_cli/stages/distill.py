@@ -17,6 +17,7 @@ from dbllm_cli.fdb.losses import DistillationLoss, LossAndGradient, distillation
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import LatentLinear
+from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks
 from dbllm_cli.llm.heads import final_hidden, head
 from dbllm_cli.llm.models import CURVE, Model, load_model, model_folder
@@ -83,7 +84,9 @@ class _Trainer:
         self.loss = DistillationLoss(
             config.loss, config.ambiguity, config.gamma, config.plain_weight
         )
-        _checkpoint_blocks(model)
+        use_cpu_attention(teacher)
+        if config.recompute:
+            _recompute_blocks(model)
         self.layers = make_trainable(model, student, teacher if config.train == "weights" else None)
         self.optimizer = RelativeAdamW(self.layers, config.latent_lr, config.scale_lr)
         self.curve: list[dict[str, float]] = []
@@ -233,7 +236,7 @@ def _require_finite_training(name: str, value: float, step: int) -> None:
         )
 
 
-def _checkpoint_blocks(model: nn.Module) -> None:
+def _recompute_blocks(model: nn.Module) -> None:
     """Recompute each block in backward instead of keeping its activations and dense weights."""
     for block in find_blocks(model).modules:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -239,6 +239,25 @@ static void check_attention(const char *name, attention *attend) {
     free(key), free(value), free(query), free(mask), free(h.scores), free(h.out);
 }
 
+/* Their numbers are tested from Python: here they keep to their buffers. */
+static void run_training(const fdb_instruction_set *set) {
+    int bfloat16 = (int)below(2);
+    int64_t count = 1 + (int64_t)below(150), bytes = bfloat16 ? 2 : 4;
+    latent_group group = {.count = count, .alpha1 = 1, .alpha2 = -0.5f, .bfloat16 = bfloat16};
+    distillation_token token = {.count = count, .bfloat16 = bfloat16};
+    float *latent = memory(count * 4), *to_latent = memory(count * 4), to_alpha[2];
+    char *dense = memory(count * bytes), *gradient = memory(count * bytes);
+    for (int64_t i = 0; i < count; i++) latent[i] = (float)uniform();
+    group.latent = latent;
+    set->levels(&group, dense);
+    set->gradients(&group, dense, to_latent, to_alpha, to_alpha + 1);
+    token.student = token.teacher = dense, token.gradient = gradient;
+    set->distil(&token);
+    if (!(fabsf(token.cross_entropy - token.teacher_entropy) <= 1e-4f))
+        FAIL("%s: the cross-entropy to itself is %g", set->name, (double)token.cross_entropy);
+    free(latent), free(to_latent), free(dense), free(gradient);
+}
+
 static void check_instruction_set(const fdb_instruction_set *set) {
     if (!set->supported()) {
         printf("%s: not here\n", set->name);
@@ -258,6 +277,7 @@ static void check_instruction_set(const fdb_instruction_set *set) {
         }
     }
     for (int i = 0; i < CASES; i++) check_attention(set->name, set->attention);
+    for (int i = 0; i < CASES; i++) run_training(set);
     printf("%s: right\n", set->name);
 }
 

@@ -162,10 +162,11 @@ def test_the_seed_alone_draws_the_order(
     assert workshop.make("distill", training, **SETTINGS, seed=1).digest != distilled.digest
 
 
-def test_how_often_it_is_saved_changes_nothing(
-    fresh: Workshop, training: dict[str, Artifact], distilled: Artifact
+@pytest.mark.parametrize("change", [{"save_every": 1}, {"recompute": False}])
+def test_checkpoints_and_recomputing_change_nothing(
+    fresh: Workshop, training: dict[str, Artifact], distilled: Artifact, change: dict[str, Any]
 ) -> None:
-    settings = SETTINGS | {"save_every": 1}
+    settings = SETTINGS | change
     assert fresh.make("distill", training, **settings).digest == distilled.digest
 
 

@@ -223,11 +223,18 @@ static int supported(void) {
            __builtin_cpu_supports("fma");
 }
 
-const fdb_instruction_set fdb_avx512 = {"avx512",         &fdb_avx512_integer, &fdb_avx512_exact,
-                                        int8_rows_avx512, attention_avx512,    gated_silu_avx512,
+const fdb_instruction_set fdb_avx512 = {"avx512",
+                                        &fdb_avx512_integer,
+                                        &fdb_avx512_exact,
+                                        int8_rows_avx512,
+                                        attention_avx512,
+                                        gated_silu_avx512,
+                                        latent_levels_avx512,
+                                        latent_gradients_avx512,
+                                        distillation_avx512,
                                         supported};
 
 #else
 static int supported(void) { return 0; }
-const fdb_instruction_set fdb_avx512 = {"avx512", 0, 0, 0, 0, 0, supported};
+const fdb_instruction_set fdb_avx512 = {"avx512", 0, 0, 0, 0, 0, 0, 0, 0, supported};
 #endif

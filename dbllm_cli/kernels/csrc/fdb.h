@@ -19,6 +19,7 @@
 
 #include "decode.h"
 #include "int8.h"
+#include "training.h"
 
 /* What Python calls; all else stays inside the library. */
 #define EXPORT __attribute__((visibility("default")))
@@ -142,6 +143,9 @@ typedef struct {
     int8_rows* int8;
     attention* attention;
     gated_activation* gated_silu;
+    latent_levels* levels;
+    latent_gradients* gradients;
+    distillation* distil;
     int (*supported)(void);
 } fdb_instruction_set;
 

@@ -98,9 +98,12 @@ const fdb_instruction_set fdb_neon = {"neon",
                                       int8_rows_portable,
                                       attention_portable,
                                       gated_silu_portable,
+                                      latent_levels_portable,
+                                      latent_gradients_portable,
+                                      distillation_portable,
                                       supported};
 
 #else
 static int supported(void) { return 0; }
-const fdb_instruction_set fdb_neon = {"neon", 0, 0, 0, 0, 0, supported};
+const fdb_instruction_set fdb_neon = {"neon", 0, 0, 0, 0, 0, 0, 0, 0, supported};
 #endif

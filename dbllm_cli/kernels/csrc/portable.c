@@ -62,4 +62,7 @@ const fdb_instruction_set fdb_portable = {"portable",
                                           int8_rows_portable,
                                           attention_portable,
                                           gated_silu_portable,
+                                          latent_levels_portable,
+                                          latent_gradients_portable,
+                                          distillation_portable,
                                           always};

@@ -65,11 +65,14 @@ float array_lift(float* x, int64_t count);
 void array_write(float* from, int64_t count, float factor, element_type type, char* data,
                  int64_t at);
 
-/* The operators of torch_attention.c, torch_block.c and torch_int8.c. */
+/* The operators of torch_attention.c, torch_block.c, torch_int8.c and torch_training.c. */
 void attend_one_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 void block_after_cache(stable_value* stack, uint64_t inputs, uint64_t outputs);
 void block_before_cache(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void distillation_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 void int8_linear_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void latent_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void latent_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 
 /* Bytes of a part of work memory, so that the next part is aligned too. */
 static inline size_t work_bytes(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }

@@ -104,6 +104,9 @@ EXPORT const char* dbllm_register(const char* torch_library) {
         torch.library_impl(library, "fdb_linear_tiled", fdb_linear_tiled) ||
         torch.library_impl(library, "int8_linear_cpu", int8_linear_cpu) ||
         torch.library_impl(library, "attend_one_cpu", attend_one_cpu) ||
+        torch.library_impl(library, "distillation_cpu", distillation_cpu) ||
+        torch.library_impl(library, "latent_levels_cpu", latent_levels_cpu) ||
+        torch.library_impl(library, "latent_gradients_cpu", latent_gradients_cpu) ||
         torch.library_impl(library, "block_before_cache", block_before_cache) ||
         torch.library_impl(library, "block_after_cache", block_after_cache))
         return "aoti_torch_library_impl";

@@ -1,0 +1,148 @@
+/* dbllm::latent_levels_cpu(Tensor latent, Tensor alpha, int group_size, bool bfloat16) -> Tensor
+ * dbllm::latent_gradients_cpu(Tensor dense, Tensor latent, Tensor alpha, int group_size)
+ *   -> (Tensor, Tensor)
+ * dbllm::distillation_cpu(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)
+ * All inputs are contiguous. */
+#include "fdb.h"
+#include "torch_abi.h"
+
+enum { GRAIN = 1 << 16 }; /* weights: fewer are not worth waking another thread */
+
+typedef struct {
+    const float *latent, *alpha;
+    char* dense;
+    float *to_latent, *to_alpha;
+    int64_t rows, in, groups, group_size;
+    element_type type;
+} call;
+
+static latent_group group_of(const call* c, int64_t row, int64_t group) {
+    int64_t first = group * c->group_size, scale = row * c->groups + group;
+    return (latent_group){
+        .latent = c->latent + row * c->in + first,
+        .count = fdb_min(c->group_size, c->in - first),
+        .alpha1 = c->alpha[scale],
+        .alpha2 = c->alpha[c->rows * c->groups + scale],
+        .bfloat16 = c->type == BFLOAT16,
+    };
+}
+
+static char* dense_at(const call* c, const latent_group* group) {
+    return c->dense + (group->latent - c->latent) * (c->type == BFLOAT16 ? 2 : 4);
+}
+
+static void make_levels(int64_t first, int64_t last, void* context) {
+    const call* c = context;
+    for (int64_t row = first; row < last; row++)
+        for (int64_t i = 0; i < c->groups; i++) {
+            latent_group group = group_of(c, row, i);
+            fdb_chosen->levels(&group, dense_at(c, &group));
+        }
+}
+
+static void make_gradients(int64_t first, int64_t last, void* context) {
+    const call* c = context;
+    for (int64_t row = first; row < last; row++)
+        for (int64_t i = 0; i < c->groups; i++) {
+            latent_group group = group_of(c, row, i);
+            float* to_alpha = c->to_alpha + row * c->groups + i;
+            fdb_chosen->gradients(&group, dense_at(c, &group),
+                                  c->to_latent + (group.latent - c->latent), to_alpha,
+                                  to_alpha + c->rows * c->groups);
+        }
+}
+
+static call describe(tensor latent, tensor alpha, int64_t group_size, array* weights,
+                     array* scales) {
+    array_describe(latent, weights);
+    array_describe(alpha, scales);
+    return (call){
+        .latent = (const float*)weights->data,
+        .alpha = (const float*)scales->data,
+        .rows = weights->sizes[0],
+        .in = weights->sizes[1],
+        .groups = scales->sizes[2],
+        .group_size = group_size,
+    };
+}
+
+static void for_all_rows(call* c, range_function function) {
+    torch.parallel_for(0, c->rows, 1 + GRAIN / (c->in + 1), function, c);
+}
+
+void latent_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    tensor latent = (tensor)stack[0], alpha = (tensor)stack[1];
+    array weights, scales;
+    call c = describe(latent, alpha, (int64_t)stack[2], &weights, &scales);
+    c.type = stack[3] & 1 ? BFLOAT16 : FLOAT32;
+    tensor result = array_new(weights.sizes, 2, c.type, &c.dense);
+    for_all_rows(&c, make_levels);
+    torch.delete_tensor(latent);
+    torch.delete_tensor(alpha);
+    stack[0] = (stable_value)result;
+}
+
+void latent_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    array dense, weights, scales;
+    array_describe((tensor)stack[0], &dense);
+    call c = describe((tensor)stack[1], (tensor)stack[2], (int64_t)stack[3], &weights, &scales);
+    c.type = dense.type, c.dense = dense.data;
+    tensor to_latent = array_new(weights.sizes, 2, FLOAT32, (char**)&c.to_latent);
+    tensor to_alpha = array_new(scales.sizes, 3, FLOAT32, (char**)&c.to_alpha);
+    for_all_rows(&c, make_gradients);
+    for (int i = 0; i < 3; i++) torch.delete_tensor((tensor)stack[i]);
+    stack[0] = (stable_value)to_latent;
+    stack[1] = (stable_value)to_alpha;
+}
+
+typedef struct {
+    const char *student, *teacher;
+    int64_t rows, count, bytes;
+    element_type type;
+    float* terms; /* [3][rows] */
+    char* gradient;
+} logits;
+
+static void make_terms(int64_t first, int64_t last, void* context) {
+    const logits* l = context;
+    for (int64_t row = first; row < last; row++) {
+        int64_t at = row * l->count * l->bytes;
+        distillation_token token = {
+            .student = l->student + at,
+            .teacher = l->teacher + at,
+            .count = l->count,
+            .bfloat16 = l->type == BFLOAT16,
+            .gradient = l->gradient == NULL ? NULL : l->gradient + at,
+        };
+        fdb_chosen->distil(&token);
+        l->terms[row] = token.cross_entropy;
+        l->terms[l->rows + row] = token.teacher_entropy;
+        l->terms[2 * l->rows + row] = token.student_entropy;
+    }
+}
+
+void distillation_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    array student, teacher;
+    array_describe((tensor)stack[0], &student);
+    array_describe((tensor)stack[1], &teacher);
+    int wanted = stack[2] & 1;
+    logits l = {
+        .student = student.data,
+        .teacher = teacher.data,
+        .rows = student.sizes[0],
+        .count = student.sizes[1],
+        .bytes = array_element_bytes(&student),
+        .type = student.type,
+    };
+    char* data;
+    tensor terms = array_new((int64_t[]){3, l.rows}, 2, FLOAT32, (char**)&l.terms);
+    tensor gradient = array_new((int64_t[]){wanted ? l.rows : 0, l.count}, 2, student.type, &data);
+    l.gradient = wanted ? data : NULL;
+    torch.parallel_for(0, l.rows, 1 + GRAIN / (l.count + 1), make_terms, &l);
+    for (int i = 0; i < 2; i++) torch.delete_tensor((tensor)stack[i]);
+    stack[0] = (stable_value)terms;
+    stack[1] = (stable_value)gradient;
+}

@@ -1,0 +1,59 @@
+"""Dense weights from latent ones, and the gradients back, in one pass on the CPU.
+
+Plain torch goes through the weights some thirty times for it, at every step of training.
+"""
+
+import torch
+from torch import Tensor
+
+from dbllm_cli.kernels.cpu import cpu_kernels
+
+_DENSE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def can_round_latents(latent: Tensor, alpha: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `latent_levels` and `latent_gradients` take these."""
+    return (
+        latent.device.type == alpha.device.type == "cpu"
+        and latent.dtype == alpha.dtype == torch.float32
+        and dtype in _DENSE_DTYPES
+        and cpu_kernels() is not None
+    )
+
+
+def latent_levels(latent: Tensor, alpha: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """The nearest level of every latent weight.
+
+    Args:
+        latent: float32 `[out, in]`.
+        alpha: scales with `alpha2 <= 0 <= alpha1`, float32 `[2, out, groups]`.
+        group_size: inputs that share two scales.
+        dtype: of the result, float32 or bfloat16.
+
+    Returns:
+        Dense weights `[out, in]`.
+    """
+    dense: Tensor = torch.ops.dbllm.latent_levels_cpu(
+        latent.contiguous(), alpha.contiguous(), group_size, dtype == torch.bfloat16
+    )
+    return dense
+
+
+def latent_gradients(
+    dense: Tensor, latent: Tensor, alpha: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Straight-through gradients: to latent weights, and to the scales the sums over each plane.
+
+    Args:
+        dense: gradient of the dense weights, float32 or bfloat16 `[out, in]`.
+        latent: as given to `latent_levels`.
+        alpha: as given to `latent_levels`.
+        group_size: inputs that share two scales.
+
+    Returns:
+        float32 gradients of `latent` and `alpha`.
+    """
+    to_latent, to_alpha = torch.ops.dbllm.latent_gradients_cpu(
+        dense.contiguous(), latent.contiguous(), alpha.contiguous(), group_size
+    )
+    return to_latent, to_alpha

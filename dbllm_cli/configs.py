@@ -159,6 +159,14 @@ class DistillConfig(TrainConfig):
     scale_lr: float = Field(
         1e-3, gt=0, description="learning rate of scales, times the layer's mean |alpha1|"
     )
+    unquantized: Literal["frozen", "norms", "all"] = Field(
+        "all",
+        description="what else is trained: norms: norms and biases; all: embeddings and output "
+        "layer too",
+    )
+    unquantized_lr: float = Field(
+        1e-3, gt=0, description="learning rate of unquantized parameters, times their mean size"
+    )
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     eval_every: int = Field(10, gt=0, description="steps between measurements on the held-out part")
     patience: int = Field(0, ge=0, description="stop after so many worse measurements; 0: never")

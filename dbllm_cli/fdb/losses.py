@@ -1,12 +1,11 @@
 """The losses: relative block error for reconstruct; KD, DAD and next-token for distill.
 
 The distillation losses work token by token on chunks of the final hidden states, so that the
-float32 logits of a whole batch never exist at once. Their gradient to a token's hidden state is
-scaled by that token's weight afterwards, so one pass over the logits is enough although the weights
-of a sequence depend on all its tokens.
+logits of a whole batch never exist at once. The weights of a sequence depend on all its tokens, so
+DAD goes through the logits twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from dbllm_cli.kernels import DistillationTerms, can_distil, distillation_terms
 Head = Callable[[Tensor], Tensor]
 """Final hidden states `[tokens, hidden]` to logits `[tokens, vocabulary]`."""
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 512
 """Tokens whose logits exist at once."""
 
 
@@ -86,11 +85,87 @@ class LossAndGradient:
         loss: mean over tokens of the weighted loss, float32 scalar.
         plain: mean over tokens of the unweighted loss.
         gradient: of `loss` with respect to the student's hidden states, their shape and dtype.
+        head_gradients: of `loss` with respect to the parameters of the student's head that train.
     """
 
     loss: Tensor
     plain: Tensor
     gradient: Tensor
+    head_gradients: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The maps from final hidden states to logits.
+
+    Attributes:
+        student: the student's.
+        teacher: the teacher's.
+        trained: parameters of the student's that take a gradient.
+    """
+
+    student: Head
+    teacher: Head
+    trained: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Hidden states of both models `[batch, tokens, hidden]`; labels stand in for the teacher."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor | None
+    heads: Heads
+
+    @property
+    def predictions(self) -> tuple[int, int]:
+        """Sequences, and tokens of each that predict something."""
+        batch, tokens = self.student.shape[:2]
+        return batch, tokens if self.labels is None else tokens - 1
+
+    def chunks(self) -> Iterator[tuple[int, slice]]:
+        """Sequence and tokens whose logits exist at once."""
+        batch, length = self.predictions
+        for sequence in range(batch):
+            for start in range(0, length, CHUNK_TOKENS):
+                yield sequence, slice(start, min(start + CHUNK_TOKENS, length))
+
+    def terms(
+        self, logits: Tensor, sequence: int, span: slice, gradient: bool
+    ) -> DistillationTerms:
+        """What the student's logits of a chunk give."""
+        if self.labels is not None:
+            following = self.labels[sequence, span.start + 1 : span.stop + 1]
+            return _next_token_terms(logits, following, gradient)
+        teacher = self.heads.teacher(self.teacher[sequence, span])
+        return _distillation_terms(logits, teacher, gradient)
+
+    @torch.no_grad()
+    def figures(self) -> Tensor:
+        """Loss, teacher's and student's entropy of every prediction `[3, batch, tokens]`."""
+        found = [
+            torch.stack(self.terms(self.heads.student(self.student[at]), *at, gradient=False)[:3])
+            for at in self.chunks()
+        ]
+        batch, length = self.predictions
+        return torch.cat(found, 1).view(3, batch, length)
+
+    def gradients(self, scale: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Losses `[batch, tokens]`, and gradients of their sum times `scale` of the same shape."""
+        losses, hidden = torch.empty_like(scale), torch.zeros_like(self.student)
+        trained = tuple(torch.zeros_like(parameter) for parameter in self.heads.trained)
+        for at in self.chunks():
+            leaf = self.student[at].detach().requires_grad_()
+            logits = self.heads.student(leaf)
+            with torch.no_grad():
+                terms = self.terms(logits, *at, gradient=True)
+                towards = (terms.gradient * scale[at].unsqueeze(-1)).to(logits.dtype)
+            found = torch.autograd.grad(logits, (leaf, *self.heads.trained), towards)
+            losses[at], hidden[at] = terms.cross_entropy, found[0]
+            for total, part in zip(trained, found[1:], strict=True):
+                total.add_(part)
+        return losses, hidden, trained
 
 
 def _next_token_terms(logits: Tensor, labels: Tensor, gradient: bool) -> DistillationTerms:
@@ -116,36 +191,12 @@ def _distillation_terms(student: Tensor, teacher: Tensor, gradient: bool) -> Dis
     )
 
 
-def _token_terms(
-    student: Tensor, teacher: Tensor | None, labels: Tensor | None, heads: tuple[Head, Head]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, gradient to hidden, teacher entropy and student entropy of each token of a chunk."""
-    wanted = torch.is_grad_enabled()
-    leaf = student.detach().requires_grad_(wanted)
-    logits = heads[0](leaf)
-    with torch.no_grad():
-        if teacher is None:
-            assert labels is not None
-            terms = _next_token_terms(logits, labels, wanted)
-        else:
-            terms = _distillation_terms(logits, heads[1](teacher), wanted)
-    if wanted:
-        (gradient,) = torch.autograd.grad(logits, leaf, terms.gradient.to(logits.dtype))
-    else:
-        gradient = torch.zeros_like(leaf)
-    return terms.cross_entropy, gradient, terms.teacher_entropy, terms.student_entropy
-
-
 def distillation_loss(
-    settings: DistillationLoss,
-    student: Tensor,
-    teacher: Tensor,
-    input_ids: Tensor,
-    heads: tuple[Head, Head],
+    settings: DistillationLoss, student: Tensor, teacher: Tensor, input_ids: Tensor, heads: Heads
 ) -> LossAndGradient:
-    """The loss of a batch and its gradient to the student's hidden states.
+    """The loss of a batch and its gradients to the student's hidden states and head.
 
-    Under `torch.no_grad()` the gradient is zero and costs nothing.
+    Under `torch.no_grad()` the gradients are zero and cost nothing.
 
     Args:
         settings: which loss.
@@ -154,28 +205,15 @@ def distillation_loss(
         input_ids: tokens `[batch, tokens]`; read by `ce` only.
         heads: student's and teacher's map from hidden states to logits.
     """
-    next_token = settings.kind == "ce"
-    length = student.shape[1] - 1 if next_token else student.shape[1]
-    rows = []
-    for sequence in range(student.shape[0]):
-        chunks = []
-        for start in range(0, length, CHUNK_TOKENS):
-            span = slice(start, min(start + CHUNK_TOKENS, length))
-            following = slice(span.start + 1, span.stop + 1)
-            chunks.append(
-                _token_terms(
-                    student[sequence, span],
-                    None if next_token else teacher[sequence, span],
-                    input_ids[sequence, following] if next_token else None,
-                    heads,
-                )
-            )
-        rows.append(tuple(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-    losses, gradients, teacher_entropy, student_entropy = (
-        torch.stack(parts) for parts in zip(*rows, strict=True)
-    )
-    weights = settings.token_weights(teacher_entropy, student_entropy, losses)
-    scale = weights / losses.numel()
-    gradient = torch.zeros_like(student)
-    gradient[:, :length] = (gradients * scale.unsqueeze(-1)).to(student.dtype)
-    return LossAndGradient((losses * scale).sum(), losses.mean(), gradient)
+    batch = _Batch(student, teacher, input_ids if settings.kind == "ce" else None, heads)
+    train = torch.is_grad_enabled()
+    weights = torch.ones(batch.predictions, device=student.device)
+    if settings.kind == "dad" or not train:
+        losses, teacher_entropy, student_entropy = batch.figures()
+        weights = settings.token_weights(teacher_entropy, student_entropy, losses)
+    scale = weights / weights.numel()
+    if train:
+        losses, hidden, trained = batch.gradients(scale)
+    else:
+        hidden, trained = torch.zeros_like(student), ()
+    return LossAndGradient((losses * scale).sum(), losses.mean(), hidden, trained)

@@ -36,10 +36,17 @@ class RelativeAdamW:
         layers: name -> layer.
         latent_lr: relative rate of latent weights.
         scale_lr: relative rate of scales.
+        others: name -> parameter outside the layers; their rates are times their mean magnitude.
+        others_lr: relative rate of these.
     """
 
     def __init__(
-        self, layers: Mapping[str, TrainableLinear], latent_lr: float, scale_lr: float
+        self,
+        layers: Mapping[str, TrainableLinear],
+        latent_lr: float,
+        scale_lr: float,
+        others: Mapping[str, Tensor] | None = None,
+        others_lr: float = 0.0,
     ) -> None:
         self._layers = dict(layers)
         groups = []
@@ -48,6 +55,9 @@ class RelativeAdamW:
             groups.append(_group(f"{name}.alpha", layer.alpha, scale_lr * size))
             if isinstance(layer, LatentLinear):
                 groups.append(_group(f"{name}.latent", layer.latent, latent_lr * size))
+        for name, parameter in (others or {}).items():
+            size = float(parameter.detach().abs().mean())
+            groups.append(_group(name, parameter, others_lr * size))
         # The gradients are those of a relative error and tiny: a usual epsilon would rule the step.
         self._optimizer = torch.optim.AdamW(
             groups, betas=_BETAS, eps=1e-12, weight_decay=0.0, fused=True

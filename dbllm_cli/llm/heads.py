@@ -17,6 +17,11 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return hidden
 
 
+def head_parameters(model: PreTrainedModel) -> list[Tensor]:
+    """The parameters of the output embeddings."""
+    return list(model.get_output_embeddings().parameters())
+
+
 def head(model: PreTrainedModel) -> Head:
     """The map from final hidden states to logits: output embeddings and the family's soft cap.
 

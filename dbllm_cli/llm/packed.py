@@ -6,7 +6,7 @@ every other tensor has the model's own name.
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,7 @@ def write_requantized(
     student: PackedFolder,
     out: Path,
     layers: Iterable[tuple[str, QuantizedMatrix, Tensor | None]],
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an fdb artifact like `student` with other planes and scales.
 
@@ -143,6 +144,7 @@ def write_requantized(
         student: where all other tensors and files come from.
         out: the new artifact's folder.
         layers: name, planes and scales, and the latent weights to keep (or None), of every layer.
+        others: tensors in place of the student's, which are stored in the student's dtype.
     """
     copy_other_files(student.folder, out)
     latents = out / ".latents"
@@ -154,7 +156,8 @@ def write_requantized(
             if latent is not None:
                 any_latents = True
                 latent_writer.add(name, latent)
-        writer.add_all(student.other_tensors())
+        for name, tensor in student.other_tensors():
+            writer.add(name, (others or {}).get(name, tensor).detach().to("cpu", tensor.dtype))
     if any_latents:
         for path in latents.iterdir():
             path.rename(out / path.name)

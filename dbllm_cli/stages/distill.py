@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from dbllm_cli.configs import DistillConfig
 from dbllm_cli.errors import StageFailedError
-from dbllm_cli.fdb.losses import DistillationLoss, LossAndGradient, distillation_loss
+from dbllm_cli.fdb.losses import DistillationLoss, Heads, LossAndGradient, distillation_loss
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import LatentLinear
 from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks
-from dbllm_cli.llm.heads import final_hidden, head
+from dbllm_cli.llm.heads import final_hidden, head, head_parameters
 from dbllm_cli.llm.models import CURVE, Model, load_model, model_folder
 from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.progress import Task
@@ -32,7 +32,7 @@ from dbllm_cli.stages.resuming import (
 )
 from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
-from dbllm_cli.stages.trained_layers import autocast, make_trainable
+from dbllm_cli.stages.trained_layers import autocast, make_trainable, unquantized_parameters
 from dbllm_cli.store import Artifact
 
 
@@ -58,7 +58,8 @@ def run(config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
         ctx,
     )
     metrics = trainer.train()
-    write_requantized(student, ctx.out, trainer.best_layers())
+    trainer.restore_best()
+    write_requantized(student, ctx.out, trainer.trained_layers(), trainer.others)
     lines = [json.dumps(entry, sort_keys=True, allow_nan=False) for entry in trainer.curve]
     (ctx.out / CURVE).write_text("\n".join(lines) + "\n")
     report = write_layer_report(folder, calibration.input_mean_squares, ctx)
@@ -80,7 +81,7 @@ class _Trainer:
         self.config, self.ctx, self.calibration = config, ctx, calibration
         self.teacher, self.model = teacher, model
         self.sequences = calibration.train[: config.num_samples]
-        self.heads = (head(model), head(teacher))
+        to_logits = head(model), head(teacher)
         self.loss = DistillationLoss(
             config.loss, config.ambiguity, config.gamma, config.plain_weight
         )
@@ -88,7 +89,15 @@ class _Trainer:
         if config.recompute:
             _recompute_blocks(model)
         self.layers = make_trainable(model, student, teacher if config.train == "weights" else None)
-        self.optimizer = RelativeAdamW(self.layers, config.latent_lr, config.scale_lr)
+        self.others = unquantized_parameters(model, config.unquantized)
+        self.heads = Heads(*to_logits, tuple(p for p in head_parameters(model) if p.requires_grad))
+        self.optimizer = RelativeAdamW(
+            self.layers,
+            config.latent_lr,
+            config.scale_lr,
+            {n: p for n, p in model.named_parameters() if n in self.others},
+            config.unquantized_lr,
+        )
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, float] = {}
         self.worse = 0
@@ -137,6 +146,8 @@ class _Trainer:
             plain += float(outcome.plain) / parts
             _require_finite_training("loss", loss, step + 1)
             hidden.backward(outcome.gradient / parts)
+            for parameter, gradient in zip(self.heads.trained, outcome.head_gradients, strict=True):
+                _add_gradient(parameter, gradient / parts)
             task.advance(batch.numel(), loss=loss)
         norm = float(clip_grad_norm_(self.optimizer.parameters(), config.clip))
         _require_finite_training("norm of the gradient", norm, step + 1)
@@ -191,15 +202,14 @@ class _Trainer:
     def _weights(self) -> dict[str, Tensor]:
         return {n: t for n, t in self.optimizer.state_tensors().items() if ":" not in n}
 
-    def best_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
-        """Every layer as it was at the best measurement; without a held-out part, as it is."""
+    def restore_best(self) -> None:
+        """Go back to the best measurement; without a held-out part stay where it is."""
         if self.best:
             weights, _ = read_checkpoint(self.ctx.scratch, "best", int(self.best["step"]))
-            with torch.no_grad():
-                for name, layer in self.layers.items():
-                    layer.alpha.copy_(weights[f"{name}.alpha"])
-                    if isinstance(layer, LatentLinear):
-                        layer.latent.copy_(weights[f"{name}.latent"])
+            self.optimizer.load_state_tensors(weights)
+
+    def trained_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
+        """Every layer as it is stored, and its latent weights where they are kept."""
         for name, layer in self.layers.items():
             keeps = self.config.keep_latents and isinstance(layer, LatentLinear)
             yield name, layer.quantize(), cast(LatentLinear, layer).latent if keeps else None
@@ -234,6 +244,10 @@ def _require_finite_training(name: str, value: float, step: int) -> None:
             f"distill: the {name} is {value} at step {step}",
             "lower --scale-lr and --latent-lr, or use --compute-dtype float32",
         )
+
+
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _recompute_blocks(model: nn.Module) -> None:

@@ -63,6 +63,34 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, FdbLinear]]:
             yield name, module
 
 
+def unquantized_parameters(model: nn.Module, which: str) -> Mapping[str, nn.Parameter]:
+    """The parameters outside the quantized layers that are to be trained, made to take gradients.
+
+    Args:
+        model: after `make_trainable`.
+        which: `frozen`, none; `norms`, all vectors: norms and biases; `all`.
+
+    Returns:
+        Name -> parameter, one that is tied under all of its names.
+    """
+    inside = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, TrainableLinear)
+        for parameter in module.parameters()
+    }
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) not in inside
+        and which != "frozen"
+        and (which == "all" or parameter.dim() == 1)
+    }
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    return chosen
+
+
 def make_trainable(
     model: nn.Module,
     student: PackedFolder,

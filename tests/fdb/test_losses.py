@@ -7,7 +7,7 @@ from torch import Tensor
 from dbllm_cli.fdb import losses
 from dbllm_cli.fdb.losses import (
     DistillationLoss,
-    Head,
+    Heads,
     LossAndGradient,
     distillation_loss,
     relative_token_error,
@@ -31,9 +31,11 @@ class _Batch:
     teacher_head: Tensor
 
     def loss(self, settings: DistillationLoss) -> LossAndGradient:
-        heads: tuple[Head, Head] = (
+        trained = (self.student_head,) if self.student_head.requires_grad else ()
+        heads = Heads(
             lambda hidden: hidden @ self.student_head.to(hidden.dtype),
             lambda hidden: hidden @ self.teacher_head.to(hidden.dtype),
+            trained,
         )
         return distillation_loss(settings, self.student, self.teacher, self.ids, heads)
 
@@ -55,10 +57,11 @@ def _batch() -> _Batch:
     )
 
 
-def _direct(settings: DistillationLoss, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, plain loss and gradient, by autograd through the whole formula in float64."""
+def _direct(settings: DistillationLoss, batch: _Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, plain loss, gradients to hidden states and head, by autograd in float64."""
     hidden = batch.student.double().requires_grad_()
-    q = (hidden @ batch.student_head.double()).softmax(-1)
+    head = batch.student_head.detach().double().requires_grad_()
+    q = (hidden @ head).softmax(-1)
     p = (batch.teacher.double() @ batch.teacher_head.double()).softmax(-1)
     if settings.kind == "ce":
         chosen = q[:, :-1].gather(-1, batch.ids[:, 1:, None]).squeeze(-1)
@@ -77,18 +80,30 @@ def _direct(settings: DistillationLoss, batch: _Batch) -> tuple[Tensor, Tensor, 
         power = ambiguity.detach() ** settings.gamma
         weights = power / power.mean(1, keepdim=True) + settings.plain_weight
     loss = (weights * token_losses).mean()
-    (gradient,) = torch.autograd.grad(loss, hidden)
-    return loss.detach(), token_losses.mean().detach(), gradient
+    gradients = torch.autograd.grad(loss, (hidden, head))
+    return loss.detach(), token_losses.mean().detach(), *gradients
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.ambiguity}")
 def test_loss_and_gradient_equal_autograd_through_the_formula(settings: DistillationLoss) -> None:
     batch = _batch()
     result = batch.loss(settings)
-    loss, plain, gradient = _direct(settings, batch)
+    loss, plain, gradient, _ = _direct(settings, batch)
     assert float(result.loss) == pytest.approx(float(loss), rel=1e-5)
     assert float(result.plain) == pytest.approx(float(plain), rel=1e-5)
     assert torch.allclose(result.gradient.double(), gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.ambiguity}")
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_a_head_that_trains_gets_its_gradient(
+    settings: DistillationLoss, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", chunk)
+    batch = _batch()
+    batch.student_head.requires_grad_()
+    (found,) = batch.loss(settings).head_gradients
+    assert torch.allclose(found.double(), _direct(settings, batch)[3], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.ambiguity}")

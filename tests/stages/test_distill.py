@@ -55,22 +55,47 @@ def held_out_loss(path: Path, teacher: Path, calibration: Artifact) -> float:
     return float(-(target * ours).sum(-1).mean())
 
 
-def test_training_scales_leaves_planes_and_all_else_unchanged(
-    distilled: Artifact, start: Artifact
-) -> None:
-    before, after = tensors_of(start), tensors_of(distilled)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+def changed_tensors(before: Artifact, after: Artifact) -> set[str]:
+    old, new = tensors_of(before), tensors_of(after)
+    assert old.keys() == new.keys()
+    assert all(old[name].dtype == new[name].dtype for name in old)
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_training_scales_leaves_planes_unchanged(distilled: Artifact, start: Artifact) -> None:
+    planes = {name.replace(".alpha", ".weight") for name in tensors_of(start) if "alpha" in name}
+    changed = changed_tensors(start, distilled)
     assert changed
-    assert all(name.endswith(".alpha") for name in changed)
+    assert not changed & planes
     assert not list(distilled.path.glob("latents*"))
 
 
+@pytest.mark.parametrize(
+    ("unquantized", "kinds"),
+    [
+        ("frozen", {"alpha"}),
+        ("norms", {"alpha", "norm"}),
+        ("all", {"alpha", "norm", "embed", "lm_head"}),
+    ],
+)
+def test_what_else_is_trained_is_chosen(
+    workshop: Workshop,
+    training: dict[str, Artifact],
+    start: Artifact,
+    unquantized: str,
+    kinds: set[str],
+) -> None:
+    # Fast enough for norms near 1 to leave their neighbourhood in bfloat16.
+    settings = SETTINGS | {"unquantized": unquantized, "unquantized_lr": 1e-2}
+    changed = changed_tensors(start, workshop.make("distill", training, **settings))
+    assert all(any(kind in name for kind in kinds) for name in changed)
+    assert all(any(kind in name for name in changed) for kind in kinds)
+
+
 def test_training_weights_changes_planes_too(distilled_weights: Artifact, start: Artifact) -> None:
-    before, after = tensors_of(start), tensors_of(distilled_weights)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    layers = {name.removesuffix(".alpha") for name in before if name.endswith(".alpha")}
+    changed = changed_tensors(start, distilled_weights)
+    layers = {n.removesuffix(".alpha") for n in tensors_of(start) if n.endswith(".alpha")}
     assert any(name.removesuffix(".weight") in layers for name in changed)
-    assert {name.rpartition(".")[0] for name in changed} <= layers
     assert load_file(distilled_weights.path / "latents.safetensors").keys() == layers
 
 

@@ -157,7 +157,7 @@ class DistillConfig(TrainConfig):
         5e-4, gt=0, description="learning rate of latent weights, times the layer's mean |alpha1|"
     )
     scale_lr: float = Field(
-        2e-3, gt=0, description="learning rate of scales, times the layer's mean |alpha1|"
+        4e-3, gt=0, description="learning rate of scales, times the layer's mean |alpha1|"
     )
     unquantized: Literal["frozen", "norms", "all"] = Field(
         "all",

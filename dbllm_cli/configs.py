@@ -141,8 +141,8 @@ class DistillConfig(TrainConfig):
     train: Literal["scales", "weights"] = Field(
         "scales", description="scales: planes fixed; weights: latent weights and scales"
     )
-    loss: Literal["dad", "kd", "ce"] = Field(
-        "dad", description="dad: weighted by ambiguity; kd: plain distillation; ce: next token"
+    loss: Literal["kd", "dad", "ce"] = Field(
+        "kd", description="kd: plain distillation; dad: weighted by ambiguity; ce: next token"
     )
     ambiguity: Literal["teacher", "student", "product", "cross"] = Field(
         "teacher", description="dad: teacher's entropy, student's, their product, or cross-entropy"

@@ -161,8 +161,8 @@ class DistillConfig(TrainConfig):
     )
     unquantized: Literal["frozen", "norms", "all"] = Field(
         "all",
-        description="what else is trained: norms: norms and biases; all: embeddings and output "
-        "layer too",
+        description="what else is trained: norms: vectors outside the quantized layers; all: "
+        "embeddings and output layer too, 16 bytes of memory a number",
     )
     unquantized_lr: float = Field(
         1e-3, gt=0, description="learning rate of unquantized parameters, times their mean size"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, one_hot
+from torch.nn.functional import log_softmax
 
 from dbllm_cli.kernels import DistillationTerms, can_distil, distillation_terms
 
@@ -148,6 +148,8 @@ class _Batch:
             torch.stack(self.terms(self.heads.student(self.student[at]), *at, gradient=False)[:3])
             for at in self.chunks()
         ]
+        # Before torch 2.10 the cache keeps the head cast without a graph, which gradients need.
+        torch.clear_autocast_cache()
         batch, length = self.predictions
         return torch.cat(found, 1).view(3, batch, length)
 
@@ -172,9 +174,11 @@ def _next_token_terms(logits: Tensor, labels: Tensor, gradient: bool) -> Distill
     """The cross-entropy to the next token in place of the teacher's; no teacher's entropy."""
     log_q = log_softmax(logits.detach().to(torch.float32), dim=-1)
     q = log_q.exp()
-    found = q - one_hot(labels, log_q.shape[-1]) if gradient else log_q[:0]
     losses = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return DistillationTerms(losses, torch.zeros_like(losses), -(q * log_q).sum(-1), found)
+    entropy = -(q * log_q).sum(-1)
+    minus_one = -torch.ones_like(losses).unsqueeze(-1)
+    found = q.scatter_add_(-1, labels.unsqueeze(-1), minus_one) if gradient else q[:0]
+    return DistillationTerms(losses, torch.zeros_like(losses), entropy, found)
 
 
 def _distillation_terms(student: Tensor, teacher: Tensor, gradient: bool) -> DistillationTerms:

@@ -1,11 +1,6 @@
 """The packed product and what goes with it: torch operators, and the routes behind them."""
 
-from dbllm_cli.kernels.attention import (
-    attend_causal,
-    attend_one,
-    can_attend_causal,
-    can_attend_one,
-)
+from dbllm_cli.kernels.attention import attend_one, can_attend_one
 from dbllm_cli.kernels.block import PackedBlock
 from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, cpu_kernels
 from dbllm_cli.kernels.distillation import DistillationTerms, can_distil, distillation_terms
@@ -19,9 +14,7 @@ __all__ = [
     "TILED_DTYPES",
     "DistillationTerms",
     "PackedBlock",
-    "attend_causal",
     "attend_one",
-    "can_attend_causal",
     "can_attend_one",
     "can_distil",
     "can_round_latents",

@@ -1,7 +1,6 @@
-"""Attention on the CPU: of one query a sequence, as decoding needs it, and of whole sequences.
+"""Attention of one query a sequence, as decoding with a cache needs it, on the CPU.
 
-torch's own flash attention makes tiles of one row of the one, and takes ten times as long; of the
-other it takes more than twice as long.
+torch's own flash attention makes tiles of one row of it, and takes ten times as long.
 """
 
 import torch
@@ -12,7 +11,6 @@ from dbllm_cli.kernels.cpu import cpu_kernels
 _DTYPES = (torch.float32, torch.bfloat16)
 _LARGEST_HEAD = 512
 _MOST_SHARED = 64
-_TILE_QUERIES = 128
 
 
 def can_attend_one(query: Tensor, key: Tensor, value: Tensor, mask: object) -> bool:
@@ -87,50 +85,3 @@ def _attend_one_shape(
 ) -> Tensor:
     batch, heads, _, dim = query.shape
     return query.new_empty(batch, 1, heads, dim)
-
-
-def can_attend_causal(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attend_causal` takes these and is faster: sequences of some tiles in bfloat16."""
-    device = query.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else query.dtype
-    return (
-        device == "cpu"
-        and dtype == torch.bfloat16
-        and query.shape[2] == key.shape[2] >= 2 * _TILE_QUERIES
-        and key.shape == value.shape
-        and query.shape[1] % key.shape[1] == 0
-    )
-
-
-def attend_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention of every position to itself and those before it, by tiles of queries.
-
-    Differentiable. Products, scores and weights are bfloat16, sums float32.
-
-    Args:
-        query: `[batch, heads, positions, dim]`.
-        key: `[batch, key heads, positions, dim]`; each is shared by heads / key heads queries.
-        value: as `key`.
-        scale: of the scores.
-
-    Returns:
-        bfloat16 `[batch, positions, heads, dim]`.
-    """
-    batch, heads, positions, dim = query.shape
-    groups, shared = batch * key.shape[1], heads // key.shape[1]
-    query, key, value = ((x.to(torch.bfloat16)) for x in (query * scale, key, value))
-    query = query.reshape(groups, shared, positions, dim)
-    key, value = (x.reshape(groups, positions, dim) for x in (key, value))
-    hidden = torch.ones(_TILE_QUERIES, _TILE_QUERIES, dtype=torch.bool).triu(1)
-    tiles = []
-    with torch.autocast("cpu", enabled=False):
-        for first in range(0, positions, _TILE_QUERIES):
-            last = min(first + _TILE_QUERIES, positions)
-            rows = last - first
-            tile = query[:, :, first:last].reshape(groups, shared * rows, dim)
-            scores = torch.bmm(tile, key[:, :last].mT).view(groups, shared, rows, last)
-            scores[..., first:].masked_fill_(hidden[:rows, :rows], -torch.inf)
-            weights = torch.softmax(scores, -1).view(groups, shared * rows, last)
-            tiles.append(torch.bmm(weights, value[:, :last]).view(groups, shared, rows, dim))
-    return torch.cat(tiles, 2).view(batch, heads, positions, dim).transpose(1, 2).contiguous()

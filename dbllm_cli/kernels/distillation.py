@@ -35,6 +35,8 @@ def can_distil(student: Tensor, teacher: Tensor) -> bool:
     return (
         student.device.type == teacher.device.type == "cpu"
         and student.dtype == teacher.dtype
+        and student.shape == teacher.shape
+        and student.dim() == 2
         and student.dtype in _LOGIT_DTYPES
         and cpu_kernels() is not None
     )

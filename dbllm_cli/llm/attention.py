@@ -1,6 +1,5 @@
-"""transformers' attention with this package's own on the CPU: `attn_implementation="dbllm"`."""
+"""transformers' attention with the CPU kernel for decoded tokens: `attn_implementation="dbllm"`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,13 +7,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dbllm_cli.kernels import (
-    attend_causal,
-    attend_one,
-    can_attend_causal,
-    can_attend_one,
-    cpu_kernels,
-)
+from dbllm_cli.kernels import attend_one, can_attend_one, cpu_kernels
 
 NAME = "dbllm"
 _DEFAULT = "sdpa"
@@ -31,24 +24,15 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' sdpa attention; what this package does faster goes to its own."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    """Transformers' sdpa attention; what `can_attend_one` lets through goes to the kernel."""
     special = dropout != 0 or any(kwargs.get(name) is not None for name in _ONLY_SDPA)
-    if not special and can_attend_one(query, key, value, attention_mask):
-        return attend_one(query, key, value, attention_mask, scale), None
-    causal = not special and attention_mask is None and _is_causal(module, kwargs)
-    if causal and can_attend_causal(query, key, value):
-        return attend_causal(query, key, value, scale), None
-    result: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-    )
-    return result
-
-
-def _is_causal(module: nn.Module, arguments: Mapping[str, Any]) -> bool:
-    """As transformers' sdpa attention reads it where there is no mask."""
-    said = arguments.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if said is None else said)
+    if special or not can_attend_one(query, key, value, attention_mask):
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return result
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_one(query, key, value, attention_mask, scale), None
 
 
 # A model that was pickled needs them before anything is called.

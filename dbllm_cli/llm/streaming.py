@@ -8,7 +8,6 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import BlockCall, capture_calls, find_blocks, same_arguments
 from dbllm_cli.llm.models import empty_model, load_config, require_device
 from dbllm_cli.llm.tensors import TensorFolder
@@ -28,15 +27,18 @@ class StreamedModel:
         self.tensors = TensorFolder(folder)
         self.device = device
         self.model = empty_model(load_config(folder, trust_remote_code), trust_remote_code)
-        use_cpu_attention(self.model)
         self.blocks = find_blocks(self.model)
         self._calls: dict[int, list[BlockCall]] = {}
-        inside = f"{self.blocks.prefix}."
-        for name, _ in self.model.named_parameters():
-            if not name.startswith(inside) and name in self.tensors:
-                self._load(self.model, name, self.tensors.get(name))
+        self.load_outside(self.tensors)
         for _, buffer in self.model.named_buffers():
             buffer.data = buffer.data.to(device)
+
+    def load_outside(self, tensors: TensorFolder) -> None:
+        """Load what lies outside the blocks, embeddings and the last norm, from a folder."""
+        inside = f"{self.blocks.prefix}."
+        for name, _ in self.model.named_parameters():
+            if not name.startswith(inside) and name in tensors:
+                self._load(self.model, name, tensors.get(name))
 
     def _load(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         if tensor.is_floating_point():

@@ -33,7 +33,11 @@ class BlockStreams:
 
 
 def begin_streams(
-    model: StreamedModel, sequences: Tensor, batch_size: int, scratch: Path
+    model: StreamedModel,
+    sequences: Tensor,
+    batch_size: int,
+    scratch: Path,
+    student: TensorFolder | None = None,
 ) -> tuple[BlockStreams, BlockReport]:
     """The streams as they enter the first block that is not finished, and the report so far.
 
@@ -42,11 +46,17 @@ def begin_streams(
         sequences: int64 token ids `[n, tokens]`.
         batch_size: sequences at once, whenever blocks run.
         scratch: of the stage.
+        student: where the student's own embeddings are; the teacher's when absent.
     """
     entering = model.enter(sequences, batch_size)
     checkpoint = last_checkpoint(scratch, "streams")
     if checkpoint is None:
-        return BlockStreams(entering, entering), []
+        if student is None:
+            return BlockStreams(entering, entering), []
+        model.load_outside(student)
+        own = model.enter(sequences, batch_size)
+        model.load_outside(model.tensors)
+        return BlockStreams(entering, own), []
     tensors, state = checkpoint
     report = cast(BlockReport, state["report"])
     return BlockStreams(tensors["teacher"], tensors["student"]), report

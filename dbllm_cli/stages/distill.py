@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -17,10 +18,9 @@ from dbllm_cli.fdb.losses import DistillationLoss, Heads, LossAndGradient, disti
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import LatentLinear
-from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks
 from dbllm_cli.llm.heads import final_hidden, head, head_parameters
-from dbllm_cli.llm.models import CURVE, Model, load_model, model_folder
+from dbllm_cli.llm.models import CURVE, Model, load_config, load_model, model_folder
 from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.progress import Task
 from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
@@ -85,11 +85,11 @@ class _Trainer:
         self.loss = DistillationLoss(
             config.loss, config.ambiguity, config.gamma, config.plain_weight
         )
-        use_cpu_attention(teacher)
         if config.recompute:
             _recompute_blocks(model)
         self.layers = make_trainable(model, student, teacher if config.train == "weights" else None)
         self.others = unquantized_parameters(model, config.unquantized)
+        self.stored_dtype = load_config(student.folder, ctx.trust_remote_code).dtype
         self.heads = Heads(*to_logits, tuple(p for p in head_parameters(model) if p.requires_grad))
         self.optimizer = RelativeAdamW(
             self.layers,
@@ -147,7 +147,7 @@ class _Trainer:
             _require_finite_training("loss", loss, step + 1)
             hidden.backward(outcome.gradient / parts)
             for parameter, gradient in zip(self.heads.trained, outcome.head_gradients, strict=True):
-                _add_gradient(parameter, gradient / parts)
+                _add_gradient(parameter, gradient.div_(parts))
             task.advance(batch.numel(), loss=loss)
         norm = float(clip_grad_norm_(self.optimizer.parameters(), config.clip))
         _require_finite_training("norm of the gradient", norm, step + 1)
@@ -183,9 +183,10 @@ class _Trainer:
         if not len(self.calibration.held_out):
             return
         losses = []
-        for batch in self.calibration.held_out.split(self.config.batch_size):
-            _, outcome = self._forward(batch.to(self.ctx.device))
-            losses.append(float(outcome.plain) * len(batch))
+        with self._others_as_stored():
+            for batch in self.calibration.held_out.split(self.config.batch_size):
+                _, outcome = self._forward(batch.to(self.ctx.device))
+                losses.append(float(outcome.plain) * len(batch))
         value = math.fsum(losses) / len(self.calibration.held_out)
         _require_finite_training("held-out loss", value, step)
         if step == 0:
@@ -198,6 +199,18 @@ class _Trainer:
             save_checkpoint(self.ctx.scratch, "best", step, self._weights(), dict(self.best))
         else:
             self.worse += 1
+
+    @contextmanager
+    def _others_as_stored(self) -> Iterator[None]:
+        """The unquantized parameters rounded to the dtype of the artifact."""
+        exact = {id(parameter): parameter.data for parameter in self.others.values()}
+        for parameter in self.others.values():
+            parameter.data = parameter.data.to(self.stored_dtype).to(parameter.dtype)
+        try:
+            yield
+        finally:
+            for parameter in self.others.values():
+                parameter.data = exact[id(parameter)]
 
     def _weights(self) -> dict[str, Tensor]:
         return {n: t for n, t in self.optimizer.state_tensors().items() if ":" not in n}
@@ -247,7 +260,7 @@ def _require_finite_training(name: str, value: float, step: int) -> None:
 
 
 def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _recompute_blocks(model: nn.Module) -> None:

@@ -83,7 +83,11 @@ class _BlockTraining:
     def train_all(self, sequences: Tensor) -> BlockReport:
         """Train every block that is not yet finished; errors before and after of each block."""
         streams, report = begin_streams(
-            self.model, sequences, self.config.batch_size, self.ctx.scratch
+            self.model,
+            sequences,
+            self.config.batch_size,
+            self.ctx.scratch,
+            self.student.tensors,
         )
         blocks = len(self.model.blocks)
         per_block = self.steps(len(sequences)) * self.config.batch_size + 2 * len(sequences)

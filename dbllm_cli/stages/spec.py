@@ -104,7 +104,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "reconstruct",
-            1,
+            2,
             configs.ReconstructConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",
@@ -112,7 +112,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "distill",
-            1,
+            2,
             configs.DistillConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",

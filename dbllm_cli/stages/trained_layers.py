@@ -68,7 +68,7 @@ def unquantized_parameters(model: nn.Module, which: str) -> Mapping[str, nn.Para
 
     Args:
         model: after `make_trainable`.
-        which: `frozen`, none; `norms`, all vectors: norms and biases; `all`.
+        which: `frozen`, none; `norms`, all vectors; `all`.
 
     Returns:
         Name -> parameter, one that is tied under all of its names.

@@ -1,4 +1,4 @@
-"""Attention of one query, and of whole sequences, against a plain softmax in float64."""
+"""Attention of one query against a plain softmax in float64."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dbllm_cli.kernels import attend_causal, attend_one, can_attend_causal, can_attend_one
+from dbllm_cli.kernels import attend_one, can_attend_one
 from tests.kernels.layers import normal
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
@@ -125,39 +125,3 @@ def test_what_the_kernel_does_not_do_is_left_to_torch() -> None:
     assert not can_attend_one(query, key, key, torch.zeros(2, 1, 1, 9))
     assert not can_attend_one(query, key, key, torch.ones(2, 4, 1, 9, dtype=torch.bool))
     assert not can_attend_one(query.requires_grad_(), key, key, None)
-
-
-@pytest.mark.parametrize(("positions", "shared"), [(256, 3), (300, 1), (517, 2)])
-def test_every_position_attends_to_itself_and_those_before_it(positions: int, shared: int) -> None:
-    query = normal(2, 2 * shared, positions, 16, dtype=torch.bfloat16).requires_grad_()
-    key, value = (
-        normal(2, 2, positions, 16, seed=s, dtype=torch.bfloat16).requires_grad_() for s in (1, 2)
-    )
-    assert can_attend_causal(query, key, value)
-    out = attend_causal(query, key, value, 0.3)
-    exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
-    keys, values = (x.repeat_interleave(shared, 1) for x in exact[1:])
-    scores = 0.3 * exact[0] @ keys.mT
-    scores = scores.masked_fill(torch.ones(positions, positions).triu(1).bool(), -torch.inf)
-    expected = (scores.softmax(-1) @ values).transpose(1, 2)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=0.03)
-    towards = normal(*out.shape, seed=3)
-    wanted = torch.autograd.grad((expected * towards).sum(), exact)
-    found = torch.autograd.grad((out * towards).sum(), (query, key, value))
-    for one, other in zip(found, wanted, strict=True):
-        assert (one.double() - other).norm() <= 0.01 * other.norm()
-
-
-def test_under_autocast_float32_sequences_are_attended_in_bfloat16() -> None:
-    query = normal(1, 2, 256, 16)
-    assert not can_attend_causal(query, query, query)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert can_attend_causal(query, query, query)
-        assert attend_causal(query, query, query, 1.0).dtype == torch.bfloat16
-
-
-def test_short_sequences_and_a_cache_before_them_are_left_to_torch() -> None:
-    whole = normal(1, 2, 300, 16, dtype=torch.bfloat16)
-    assert can_attend_causal(whole, whole, whole)
-    assert not can_attend_causal(whole[:, :, 1:], whole, whole)
-    assert not can_attend_causal(*[whole[:, :, :255]] * 3)

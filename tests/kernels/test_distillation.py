@@ -58,7 +58,8 @@ def test_one_thread_and_two_give_the_same_bytes() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_other_dtypes_are_left_to_torch() -> None:
+def test_other_dtypes_and_shapes_are_left_to_torch() -> None:
     logits = normal(2, 8)
     assert not can_distil(logits.half(), logits.half())
     assert not can_distil(logits, logits.bfloat16())
+    assert not can_distil(logits, normal(2, 7))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dbllm_cli.kernels import distillation_terms
+from dbllm_cli.kernels import can_distil, distillation_terms
 from dbllm_cli.llm.heads import final_hidden, head
 from dbllm_cli.llm.models import Model, load_model
 
@@ -60,6 +60,8 @@ def figures(teacher: Model, student: Model, tokens: Tensor) -> tuple[Tensor, Ten
             to_student(final_hidden(student, row)[0]),
             to_teacher(final_hidden(teacher, row)[0]),
         )
+        if not can_distil(*logits):
+            raise SystemExit("the models differ in vocabulary, or the kernels are not compiled")
         cross, entropy, *_ = distillation_terms(*logits, gradient=False)
         parts.append(torch.stack((entropy, cross - entropy)))
     entropies, deviations = torch.cat(parts, 1)

@@ -132,6 +132,7 @@ def hqq(options: argparse.Namespace) -> Iterator[tuple[str, Tensor]]:
             device="cpu",
             compute_dtype=torch.float32,
         )
+        meta |= {part: meta[part].half().float() for part in ("scale", "zero")}
         yield name, Quantizer.dequantize(codes, meta)
 
 

@@ -67,6 +67,21 @@ def test_the_errors_that_it_tells_are_those_of_the_stored_model(
     assert all(block["error_after"] < block["error_before"] for block in outcome.metrics["blocks"])
 
 
+def test_a_student_with_embeddings_of_its_own_is_trained_on_what_they_give(
+    workshop: Workshop,
+    training: dict[str, Artifact],
+    llama_folder: Path,
+    calibration: Artifact,
+) -> None:
+    fast = {"steps": 6, "warmup_steps": 0, "unquantized_lr": 0.1, "eval_every": 6}
+    student = workshop.make("distill", training, **fast)
+    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
+    outcome = workshop.run("reconstruct", training | {"student": student}, **ALMOST_STILL)
+    errors = block_errors(outcome.artifact, llama_folder, ids)
+    told = [block["error_after"] for block in outcome.metrics["blocks"]]
+    assert told == pytest.approx(errors, rel=0.02)
+
+
 def test_what_is_stored_is_what_the_latent_weights_give(reconstructed: Artifact) -> None:
     tensors = tensors_of(reconstructed)
     latents = load_file(reconstructed.path / "latents.safetensors")

@@ -11,6 +11,7 @@ import dbllm_cli
 
 SOURCES = Path(dbllm_cli.__file__).parent / "kernels" / "csrc"
 PROGRAM = Path(__file__).parent / "csrc_test.c"
+FLOATS_PROGRAM = Path(__file__).parent / "csrc_floats_test.c"
 FLAGS = ("-std=c11", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
@@ -52,3 +53,12 @@ def test_the_kernels_keep_to_their_buffers_and_are_right(tmp_path: Path) -> None
     assert set(told) == {"avx512", "avx2", "neon", "portable"}
     assert set(told.values()) <= {"right", "not here"}
     assert told["portable"] == "right"
+
+
+@pytest.mark.usefixtures("_sanitizers")
+def test_half_formats_are_rounded_to_the_nearest(tmp_path: Path) -> None:
+    program = tmp_path / "csrc_floats_test"
+    compiled = _compile([FLOATS_PROGRAM], program)
+    assert compiled.returncode == 0, compiled.stderr
+    finished = _run(program)
+    assert finished.returncode == 0, finished.stderr

@@ -7,38 +7,27 @@
 #include "activation.h"
 #include "floats.h"
 #include "training.h"
-
-enum { DISTILLATION_LANES = 16 };
+#include "training_lanes.h"
 
 /* A softmax: weights e^(x - largest), their sum, and the sum of each times x. */
 typedef struct {
     float largest, sum, moment;
 } distillation_softmax;
 
-DECODE_INLINE float distillation_at(const void* logits, int64_t i, int bfloat16) {
-    return bfloat16 ? fdb_from_bfloat16(((const uint16_t*)logits)[i]) : ((const float*)logits)[i];
-}
-
-DECODE_INLINE float distillation_total(const float* lanes) {
-    float total = 0;
-    for (int lane = 0; lane < DISTILLATION_LANES; lane++) total += lanes[lane];
-    return total;
-}
-
 DECODE_INLINE float distillation_largest(const void* logits, int64_t count, int bfloat16) {
-    float lanes[DISTILLATION_LANES], largest = -INFINITY;
+    float lanes[TRAINING_LANES], largest = -INFINITY;
     int64_t i = 0;
-    for (int lane = 0; lane < DISTILLATION_LANES; lane++) lanes[lane] = -INFINITY;
-    for (; i + DISTILLATION_LANES <= count; i += DISTILLATION_LANES)
-        for (int lane = 0; lane < DISTILLATION_LANES; lane++) {
-            float x = distillation_at(logits, i + lane, bfloat16);
+    for (int lane = 0; lane < TRAINING_LANES; lane++) lanes[lane] = -INFINITY;
+    for (; i + TRAINING_LANES <= count; i += TRAINING_LANES)
+        for (int lane = 0; lane < TRAINING_LANES; lane++) {
+            float x = fdb_float_at(logits, i + lane, bfloat16);
             lanes[lane] = x > lanes[lane] ? x : lanes[lane];
         }
     for (; i < count; i++) {
-        float x = distillation_at(logits, i, bfloat16);
+        float x = fdb_float_at(logits, i, bfloat16);
         largest = x > largest ? x : largest;
     }
-    for (int lane = 0; lane < DISTILLATION_LANES; lane++)
+    for (int lane = 0; lane < TRAINING_LANES; lane++)
         largest = lanes[lane] > largest ? lanes[lane] : largest;
     return largest;
 }
@@ -46,26 +35,26 @@ DECODE_INLINE float distillation_largest(const void* logits, int64_t count, int 
 /* Of `logits`; `crossed` is the sum of each weight times the logit of `other`. */
 DECODE_INLINE distillation_softmax distillation_sums(const void* logits, const void* other,
                                                      int64_t count, int bfloat16, float* crossed) {
-    float sum[DISTILLATION_LANES] = {0}, moment[DISTILLATION_LANES] = {0};
-    float cross[DISTILLATION_LANES] = {0};
+    float sum[TRAINING_LANES] = {0}, moment[TRAINING_LANES] = {0};
+    float cross[TRAINING_LANES] = {0};
     distillation_softmax s = {.largest = distillation_largest(logits, count, bfloat16)};
     int64_t i = 0;
-    for (; i + DISTILLATION_LANES <= count; i += DISTILLATION_LANES)
-        for (int lane = 0; lane < DISTILLATION_LANES; lane++) {
-            float x = distillation_at(logits, i + lane, bfloat16), e = decode_exp(x - s.largest);
+    for (; i + TRAINING_LANES <= count; i += TRAINING_LANES)
+        for (int lane = 0; lane < TRAINING_LANES; lane++) {
+            float x = fdb_float_at(logits, i + lane, bfloat16), e = decode_exp(x - s.largest);
             sum[lane] += e;
             moment[lane] += e * x;
-            cross[lane] += e * distillation_at(other, i + lane, bfloat16);
+            cross[lane] += e * fdb_float_at(other, i + lane, bfloat16);
         }
     for (; i < count; i++) {
-        float x = distillation_at(logits, i, bfloat16), e = decode_exp(x - s.largest);
+        float x = fdb_float_at(logits, i, bfloat16), e = decode_exp(x - s.largest);
         sum[0] += e;
         moment[0] += e * x;
-        cross[0] += e * distillation_at(other, i, bfloat16);
+        cross[0] += e * fdb_float_at(other, i, bfloat16);
     }
-    s.sum = distillation_total(sum);
-    s.moment = distillation_total(moment);
-    *crossed = distillation_total(cross);
+    s.sum = training_total(sum);
+    s.moment = training_total(moment);
+    *crossed = training_total(cross);
     return s;
 }
 
@@ -80,8 +69,8 @@ DECODE_INLINE void distillation_of(distillation_token* t, int bfloat16) {
     if (t->gradient == NULL) return;
     float to_q = 1 / q.sum, to_p = 1 / p.sum;
     for (int64_t i = 0; i < t->count; i++) {
-        float x = distillation_at(t->student, i, bfloat16);
-        float y = distillation_at(t->teacher, i, bfloat16);
+        float x = fdb_float_at(t->student, i, bfloat16);
+        float y = fdb_float_at(t->teacher, i, bfloat16);
         float g = decode_exp(x - q.largest) * to_q - decode_exp(y - p.largest) * to_p;
         if (bfloat16)
             ((uint16_t*)t->gradient)[i] = fdb_to_bfloat16(g);

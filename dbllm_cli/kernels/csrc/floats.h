@@ -44,4 +44,9 @@ static inline uint16_t fdb_to_float16(float value) {
     return (uint16_t)(sign | (bits - (112u << 23)) >> 13);
 }
 
+/* Element `i` of float32 or bfloat16 numbers. */
+static inline float fdb_float_at(const void* numbers, int64_t i, int bfloat16) {
+    return bfloat16 ? fdb_from_bfloat16(((const uint16_t*)numbers)[i]) : ((const float*)numbers)[i];
+}
+
 #endif

@@ -7,17 +7,14 @@
 
 #include "floats.h"
 #include "training.h"
-
-#define LATENTS_INLINE __attribute__((always_inline)) static inline
-
-enum { LATENTS_LANES = 16 };
+#include "training_lanes.h"
 
 /* Levels in ascending order, and the borders between their cells. */
 typedef struct {
     float levels[4], borders[3];
 } latent_cells;
 
-LATENTS_INLINE latent_cells latent_cells_of(const latent_group* g) {
+DECODE_INLINE latent_cells latent_cells_of(const latent_group* g) {
     float middle = g->alpha1 + g->alpha2;
     latent_cells c = {.levels = {g->alpha2, fminf(middle, 0), fmaxf(middle, 0), g->alpha1}};
     for (int i = 0; i < 3; i++) c.borders[i] = (c.levels[i] + c.levels[i + 1]) / 2;
@@ -29,7 +26,7 @@ LATENTS_INLINE latent_cells latent_cells_of(const latent_group* g) {
     ((w) >= (borders)[1] ? ((w) > (borders)[2] ? (of)[3] : (of)[2]) \
                          : ((w) > (borders)[0] ? (of)[1] : (of)[0]))
 
-LATENTS_INLINE void latent_levels_any(const latent_group* g, void* dense) {
+DECODE_INLINE void latent_levels_any(const latent_group* g, void* dense) {
     latent_cells c = latent_cells_of(g);
     if (!g->bfloat16) {
         float* to = dense;
@@ -46,11 +43,11 @@ LATENTS_INLINE void latent_levels_any(const latent_group* g, void* dense) {
 
 /* Sums of the gradients in all cells, and above each border, in lanes. */
 typedef struct {
-    float all[LATENTS_LANES], above[3][LATENTS_LANES];
+    float all[TRAINING_LANES], above[3][TRAINING_LANES];
 } latent_sums;
 
-LATENTS_INLINE void latent_add(const latent_cells* c, float below, float beyond, float w,
-                               float gradient, int lane, latent_sums* sums, float* latent) {
+DECODE_INLINE void latent_add(const latent_cells* c, float below, float beyond, float w,
+                              float gradient, int lane, latent_sums* sums, float* latent) {
     sums->all[lane] += gradient;
     sums->above[0][lane] += w > c->borders[0] ? gradient : 0;
     sums->above[1][lane] += w >= c->borders[1] ? gradient : 0;
@@ -58,41 +55,30 @@ LATENTS_INLINE void latent_add(const latent_cells* c, float below, float beyond,
     *latent = (w >= below) & (w <= beyond) ? gradient : 0;
 }
 
-LATENTS_INLINE float latent_total(const float* lanes) {
-    float total = 0;
-    for (int lane = 0; lane < LATENTS_LANES; lane++) total += lanes[lane];
-    return total;
-}
-
-LATENTS_INLINE float latent_gradient_at(const void* dense, int64_t i, int bfloat16) {
-    return bfloat16 ? fdb_from_bfloat16(((const uint16_t*)dense)[i]) : ((const float*)dense)[i];
-}
-
-LATENTS_INLINE void latent_gradients_of(const latent_group* g, const void* dense, float* latent,
-                                        float* alpha1, float* alpha2, int bfloat16) {
+DECODE_INLINE void latent_gradients_of(const latent_group* g, const void* dense, float* latent,
+                                       float* alpha1, float* alpha2, int bfloat16) {
     latent_cells c = latent_cells_of(g);
     latent_sums sums = {0};
     float below = c.levels[0] - (c.levels[1] - c.levels[0]) / 2;
     float beyond = c.levels[3] + (c.levels[3] - c.levels[2]) / 2;
     int64_t i = 0;
-    for (; i + LATENTS_LANES <= g->count; i += LATENTS_LANES)
-        for (int lane = 0; lane < LATENTS_LANES; lane++)
+    for (; i + TRAINING_LANES <= g->count; i += TRAINING_LANES)
+        for (int lane = 0; lane < TRAINING_LANES; lane++)
             latent_add(&c, below, beyond, g->latent[i + lane],
-                       latent_gradient_at(dense, i + lane, bfloat16), lane, &sums,
-                       latent + i + lane);
+                       fdb_float_at(dense, i + lane, bfloat16), lane, &sums, latent + i + lane);
     for (; i < g->count; i++)
-        latent_add(&c, below, beyond, g->latent[i], latent_gradient_at(dense, i, bfloat16), 0,
-                   &sums, latent + i);
-    float all = latent_total(sums.all), above0 = latent_total(sums.above[0]);
-    float above1 = latent_total(sums.above[1]), above2 = latent_total(sums.above[2]);
+        latent_add(&c, below, beyond, g->latent[i], fdb_float_at(dense, i, bfloat16), 0, &sums,
+                   latent + i);
+    float all = training_total(sums.all), above0 = training_total(sums.above[0]);
+    float above1 = training_total(sums.above[1]), above2 = training_total(sums.above[2]);
     /* Cells from the lowest: b2, both or none, none or both, b1 (levels.py). */
     int upright = g->alpha1 + g->alpha2 >= 0, dead = g->alpha1 == 0 && g->alpha2 == 0;
     *alpha1 = dead ? 0 : upright ? above1 : above2 + (above0 - above1);
     *alpha2 = dead ? 0 : upright ? (all - above0) + (above1 - above2) : all - above1;
 }
 
-LATENTS_INLINE void latent_gradients_any(const latent_group* g, const void* dense, float* latent,
-                                         float* alpha1, float* alpha2) {
+DECODE_INLINE void latent_gradients_any(const latent_group* g, const void* dense, float* latent,
+                                        float* alpha1, float* alpha2) {
     if (g->bfloat16)
         latent_gradients_of(g, dense, latent, alpha1, alpha2, 1);
     else

@@ -192,12 +192,19 @@ class PackConfig(StageConfig):
     embeddings: Literal["kept", "int8"] = Field(
         "kept", description="int8: embeddings and output layer in 8 bits, one scale per token"
     )
+    scales: Literal["float16", "float8"] = Field(
+        "float16",
+        description="float8: scales in 8 bits, with one float16 per row: 2.25 bits a weight at "
+        "group size 64, 2.5 at 32",
+    )
     shard_size: float = Field(5.0, gt=0, description="largest shard, in 10^9 bytes")
 
     @model_validator(mode="after")
-    def _dense_keeps_embeddings(self) -> "PackConfig":
+    def _dense_stores_weights_only(self) -> "PackConfig":
         if self.format == "dense" and self.embeddings != "kept":
             raise ValueError("format dense writes plain bfloat16: leave out embeddings int8")
+        if self.format == "dense" and self.scales != "float16":
+            raise ValueError("format dense stores no scales: leave out scales float8")
         return self
 
 

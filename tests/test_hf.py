@@ -126,7 +126,7 @@ def test_without_the_import_it_stops_with_an_error_that_names_the_layer(packed: 
 def test_a_newer_format_is_refused(packed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(packed, tmp_path / "newer")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = 3
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="packed format 2 is newer"):
+    with pytest.raises(ValueError, match="packed format 3 is newer"):
         AutoModelForCausalLM.from_pretrained(folder)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.fdb.scales import decode_scales, encode_scales
 from dbllm_cli.kernels import TILED_DTYPES, cpu_kernels, fdb_linear, fdb_linear_tiled
 
 _TILED_DEVICES = ("cpu", "meta")
@@ -28,12 +29,16 @@ class FdbLinear(nn.Module):
     Buffers: `weight` uint8 `[2, out, ceil(in / 8)]`, `alpha` float16 `[2, out, groups]`. The scales
     stay float16 when the model is cast, so that a cast never changes a weight.
 
-    `use_cpu_kernels` replaces both by one buffer `tiles` in the layout of the compiled kernels;
-    what is saved, read or moved to another device is planes and scales again.
+    With `scale_bits` 8 `alpha` is read and saved as codes, uint8, beside `row_scale` float16
+    `[out]` (`fdb.scales`); `decode_scales` makes float16 ones of them.
+
+    `use_cpu_kernels` replaces planes and scales by one buffer `tiles` in the layout of the compiled
+    kernels; what is saved, read or moved to another device is planes and scales again.
     """
 
     weight: Tensor | None
     alpha: Tensor | None
+    row_scale: Tensor | None
     tiles: Tensor | None
 
     def __init__(
@@ -44,6 +49,7 @@ class FdbLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        scale_bits: int = 16,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -53,9 +59,13 @@ class FdbLinear(nn.Module):
             2, out_features, -(-in_features // 8), dtype=torch.uint8, device=device
         )
         groups = group_count(in_features, group_size)
-        scales = torch.empty(2, out_features, groups, dtype=torch.float16, device=device)
+        coded = scale_bits == 8
+        scale_dtype = torch.uint8 if coded else torch.float16
+        scales = torch.empty(2, out_features, groups, dtype=scale_dtype, device=device)
+        rows = torch.empty(out_features, dtype=torch.float16, device=device) if coded else None
         self.register_buffer("weight", planes)
         self.register_buffer("alpha", scales)
+        self.register_buffer("row_scale", rows)
         self.register_buffer("tiles", None, persistent=False)
         bias_values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if bias_values is None else nn.Parameter(bias_values)
@@ -65,6 +75,12 @@ class FdbLinear(nn.Module):
         """The layer's planes and scales."""
         weight, alpha = self._planes()
         return QuantizedMatrix(weight, alpha, self.in_features, self.group_size)
+
+    def decode_scales(self) -> None:
+        """Make float16 scales of codes, once instead of at every call."""
+        if self.alpha is not None and self.alpha.dtype == torch.uint8:
+            assert self.row_scale is not None
+            self.alpha = decode_scales(self.alpha, self.row_scale)
 
     def use_cpu_kernels(self) -> None:
         """Lay planes and scales out for the compiled kernels, where there are any for the layer."""
@@ -83,6 +99,7 @@ class FdbLinear(nn.Module):
             return kernels.from_tiles(
                 self.tiles, self.in_features, self.out_features, self.group_size
             )
+        self.decode_scales()
         assert self.weight is not None
         assert self.alpha is not None
         return self.weight, self.alpha
@@ -108,21 +125,29 @@ class FdbLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         if self.tiles is not None and fn(self.tiles[:0]).device.type != "cpu":
             self._leave_cpu_kernels()
-        stored = self.alpha
+        stored = {"alpha": self.alpha, "row_scale": self.row_scale}
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        if stored is not None and self.alpha is not None and self.alpha.dtype != stored.dtype:
-            self.alpha = stored.to(self.alpha.device)
+        for name, before in stored.items():
+            after = getattr(self, name)
+            if before is not None and after is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
         return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"], destination[f"{prefix}alpha"] = self._planes()
+        weight, alpha = self._planes()
+        if self.row_scale is not None:
+            alpha, _ = encode_scales(alpha, self.row_scale)
+        destination[f"{prefix}weight"], destination[f"{prefix}alpha"] = weight, alpha
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         tiled = self.tiles is not None
         self._leave_cpu_kernels()
+        if self.row_scale is not None:
+            assert self.alpha is not None
+            self.alpha = torch.empty_like(self.alpha, dtype=torch.uint8)
         super()._load_from_state_dict(*args, **kwargs)
         if tiled:
             self.use_cpu_kernels()

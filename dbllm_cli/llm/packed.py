@@ -1,6 +1,7 @@
 """Folders of quantized models: an fdb artifact is one, with latent weights beside it.
 
-`<layer>.weight` is uint8 `[2, out, ceil(in / 8)]` and `<layer>.alpha` float16 `[2, out, groups]`;
+`<layer>.weight` is uint8 `[2, out, ceil(in / 8)]` and `<layer>.alpha` float16 `[2, out, groups]`,
+or, with `scale_bits` 8, codes uint8 beside `<layer>.row_scale` float16 `[out]` (`fdb.scales`);
 every other tensor has the model's own name.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.fdb.scales import decode_scales, encode_scales
 from dbllm_cli.fdb.training import latent_start
 from dbllm_cli.kernels import quantize_rows
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
@@ -25,6 +27,7 @@ from dbllm_cli.llm.quantizer import FORMAT_VERSION, DbllmConfig, NewerFormatErro
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 
 LATENTS = "latents"
+_ROW_SCALE = ".row_scale"
 
 
 class PackedFolder:
@@ -72,6 +75,8 @@ class PackedFolder:
                 f"{tuple(alpha.shape)}, which do not fit {in_features} inputs",
                 "make the artifact again",
             )
+        if alpha.dtype == torch.uint8:
+            alpha = decode_scales(alpha, self.tensors.get(f"{name}{_ROW_SCALE}"))
         return QuantizedMatrix(weight, alpha, in_features, self.group_size)
 
     def latent(self, name: str, quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
@@ -190,3 +195,19 @@ def int8_embedding_tensors(
     names = embedding_names(model)
     for name, tensor in student.tensors.items():
         yield name, quantize_rows(tensor) if name in names else tensor
+
+
+def coded_scale_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, scales in 8 bits (`fdb.scales`)."""
+    for name, tensor in tensors:
+        if _is_alpha(name):
+            codes, row_scale = encode_scales(tensor)
+            yield name, codes
+            yield name.removesuffix(".alpha") + _ROW_SCALE, row_scale
+        else:
+            yield name, tensor
+
+
+def coded_scale_bits(alpha: Tensor) -> int:
+    """Bits of a layer's scales as `coded_scale_tensors` stores them; `alpha` `[2, out, groups]`."""
+    return alpha.numel() * 8 + alpha.shape[1] * 16

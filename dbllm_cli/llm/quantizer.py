@@ -16,6 +16,8 @@ from dbllm_cli.llm.decoder_blocks import use_block_kernels
 from dbllm_cli.llm.embeddings import use_int8_embeddings
 
 FORMAT_VERSION = 1
+NEWEST_FORMAT = 2
+"""The first with scales in 8 bits; written for these alone, so that older dbllm read the rest."""
 
 
 class NewerFormatError(ValueError):
@@ -30,6 +32,7 @@ class DbllmConfig(QuantizationConfigMixin):
         modules_to_not_convert: full names of linear layers in the blocks that are not quantized.
         format_version: of the tensors; a newer one is refused.
         embedding_bits: 8 where embeddings and output layer are `kernels.quantize_rows`'.
+        scale_bits: 8 where scales are `fdb.scales`'; from format 2 on.
 
     Raises:
         NewerFormatError: the folder was written by a newer dbllm.
@@ -41,20 +44,24 @@ class DbllmConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
         embedding_bits: int | None = None,
+        scale_bits: int | None = None,
         **kwargs: Any,
     ) -> None:
         del kwargs
         if embedding_bits not in (None, 8):
             raise ValueError(f"embeddings in {embedding_bits} bits are not known here: 8 or none")
-        if format_version > FORMAT_VERSION:
+        if scale_bits not in (None, 8):
+            raise ValueError(f"scales in {scale_bits} bits are not known here: 8 or none")
+        if format_version > NEWEST_FORMAT:
             raise NewerFormatError(
-                f"packed format {format_version} is newer than the {FORMAT_VERSION} read here: "
+                f"packed format {format_version} is newer than the {NEWEST_FORMAT} read here: "
                 "pip install --upgrade dbllm"
             )
         self.quant_method = "dbllm"  # type: ignore[assignment]
         self.format_version = format_version
         self.group_size = group_size
         self.embedding_bits = embedding_bits
+        self.scale_bits = scale_bits
         self.modules_to_not_convert = list(modules_to_not_convert or ())
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +80,9 @@ class DbllmQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         del kwargs
         settings = self.quantization_config
-        convert_layers(model, settings.group_size, settings.modules_to_not_convert)
+        scale_bits = settings.scale_bits or 16
+        kept = settings.modules_to_not_convert
+        convert_layers(model, settings.group_size, kept, scale_bits)
         if settings.embedding_bits is not None:
             use_int8_embeddings(model)
         return model
@@ -82,12 +91,14 @@ class DbllmQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         del kwargs
+        packed = [module for module in model.modules() if isinstance(module, FdbLinear)]
+        for module in packed:
+            module.decode_scales()
         # A layer that is offloaded from a GPU comes back to it at every call.
         devices = (getattr(model, "hf_device_map", None) or {"": "cpu"}).values()
         if {str(device) for device in devices} == {"cpu"}:
-            for module in model.modules():
-                if isinstance(module, FdbLinear):
-                    module.use_cpu_kernels()
+            for module in packed:
+                module.use_cpu_kernels()
             use_cpu_attention(model)
             use_block_kernels(model)
         return model
@@ -107,13 +118,16 @@ class DbllmQuantizer(HfQuantizer):
         return False
 
 
-def convert_layers(model: nn.Module, group_size: int, kept: list[str]) -> None:
+def convert_layers(
+    model: nn.Module, group_size: int, kept: list[str], scale_bits: int = 16
+) -> None:
     """Replace the linear layers of the decoder blocks by empty FdbLinear of the same shape.
 
     Args:
         model: on the meta device, or loaded.
         group_size: inputs that share two scales.
         kept: full names of layers to leave; a headless model's shorter names match them too.
+        scale_bits: 16 or 8, in which the scales are stored.
     """
     for name, module in list(find_blocks(model).linear_layers()):
         if any(skip == name or skip.endswith(f".{name}") for skip in kept):
@@ -123,7 +137,13 @@ def convert_layers(model: nn.Module, group_size: int, kept: list[str]) -> None:
         weight = module.weight
         assert isinstance(weight, torch.Tensor)
         replacement = FdbLinear(
-            in_features, out_features, group_size, bias is not None, weight.dtype, weight.device
+            in_features,
+            out_features,
+            group_size,
+            bias is not None,
+            weight.dtype,
+            weight.device,
+            scale_bits,
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)

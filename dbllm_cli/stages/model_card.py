@@ -41,6 +41,7 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         f"- {sizes['quantized_weights']:,} quantized weights, {bits} bits each when packed",
         f"- {sizes['weight_bytes']:,} bytes of tensors in all",
         *_embeddings(sizes["embeddings"]),
+        *_scales(sizes["scales"]),
         "",
         "## Made by",
         "",
@@ -58,6 +59,12 @@ def _embeddings(kind: str) -> list[str]:
     if kind == "kept":
         return []
     return ["- embeddings and output layer in 8 bits; the figures of an fdb are from before that"]
+
+
+def _scales(kind: str) -> list[str]:
+    if kind == "float16":
+        return []
+    return ["- scales in 8 bits; the figures of an fdb are from before that"]
 
 
 def _how_to_load(format_name: str) -> list[str]:

@@ -1,16 +1,22 @@
 """pack: planes and scales as a model folder that loads where people are, or a plain dense one."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
 
 from dbllm_cli.configs import PackConfig
 from dbllm_cli.llm.models import LAYER_REPORT, copy_other_files
 from dbllm_cli.llm.packed import (
     PackedFolder,
+    coded_scale_bits,
+    coded_scale_tensors,
     dense_tensors,
     int8_embedding_tensors,
     write_json,
 )
+from dbllm_cli.llm.quantizer import NEWEST_FORMAT
 from dbllm_cli.llm.tensors import ShardWriter
 from dbllm_cli.stages.model_card import model_card
 from dbllm_cli.stages.spec import Context, Metrics, members
@@ -28,36 +34,41 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Met
     student = PackedFolder(fdb.path)
     copy_other_files(student.folder, ctx.out)
     names = student.tensors.names()
-    dense = config.format == "dense"
-    if dense:
-        tensors = dense_tensors(student, ctx.trust_remote_code)
-    elif config.embeddings == "int8":
-        tensors = int8_embedding_tensors(student, ctx.trust_remote_code)
-    else:
-        tensors = student.tensors.items()
     total = 0
     with (
         ShardWriter(ctx.out, shard_bytes=config.shard_size * 1e9) as writer,
         ctx.progress.task("pack", len(names), unit="tensors") as task,
     ):
-        for name, tensor in tensors:
+        for name, tensor in _tensors(config, student, ctx):
             writer.add(name, tensor)
             total += tensor.numel() * tensor.element_size()
             task.advance()
-    if dense:
+    if config.format == "dense":
         _drop_quantization_config(ctx)
-    elif config.embeddings == "int8":
-        _note_embedding_bits(ctx)
-    sizes = _sizes(student)
+    else:
+        _note_bits(config, ctx)
+    sizes = _sizes(student, config.scales)
     metrics: Metrics = {
         "format": config.format,
         "embeddings": config.embeddings,
+        "scales": config.scales,
         "weight_bytes": total,
         **sizes,
     }
     card = model_card(fdb, members(inputs, "evals"), metrics)
     (ctx.out / "README.md").write_text(card)
     return metrics
+
+
+def _tensors(
+    config: PackConfig, student: PackedFolder, ctx: Context
+) -> Iterator[tuple[str, Tensor]]:
+    if config.format == "dense":
+        return dense_tensors(student, ctx.trust_remote_code)
+    tensors = student.tensors.items()
+    if config.embeddings == "int8":
+        tensors = int8_embedding_tensors(student, ctx.trust_remote_code)
+    return coded_scale_tensors(tensors) if config.scales == "float8" else tensors
 
 
 def _drop_quantization_config(ctx: Context) -> None:
@@ -68,19 +79,24 @@ def _drop_quantization_config(ctx: Context) -> None:
     write_json(path, config | {"dtype": "bfloat16"})
 
 
-def _note_embedding_bits(ctx: Context) -> None:
+def _note_bits(config: PackConfig, ctx: Context) -> None:
     path = ctx.out / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"]["embedding_bits"] = 8
-    write_json(path, config)
+    settings = json.loads(path.read_text())
+    quantization: dict[str, Any] = settings["quantization_config"]
+    if config.embeddings == "int8":
+        quantization["embedding_bits"] = 8
+    if config.scales == "float8":
+        quantization |= {"scale_bits": 8, "format_version": NEWEST_FORMAT}
+    write_json(path, settings)
 
 
-def _sizes(student: PackedFolder) -> dict[str, float]:
+def _sizes(student: PackedFolder, scale_format: str) -> dict[str, float]:
     """What the quantized layers take, planes and scales."""
     planes = scales = 0
     for name in student.layer_names():
         planes += student.tensors.get(f"{name}.weight").numel() * 8
-        scales += student.tensors.get(f"{name}.alpha").numel() * 16
+        alpha = student.tensors.get(f"{name}.alpha")
+        scales += alpha.numel() * 16 if scale_format == "float16" else coded_scale_bits(alpha)
     report = json.loads((student.folder / LAYER_REPORT).read_text())
     weights = sum(int(layer["weights"]) for layer in report.values())
     return {

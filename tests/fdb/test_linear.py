@@ -8,6 +8,7 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import quantize_matrix
+from dbllm_cli.fdb.scales import decode_scales, encode_scales
 
 
 def _layer(bias: bool = True, in_features: int = 172) -> FdbLinear:
@@ -63,6 +64,41 @@ def test_the_state_holds_weight_alpha_and_bias_under_the_names_that_models_store
 def test_a_layer_on_the_meta_device_can_be_made_and_run() -> None:
     layer = FdbLinear(172, 5, 64, device="meta")
     assert layer(torch.empty(2, 172, device="meta")).shape == (2, 5)
+
+
+# -- scales in 8 bits ------------------------------------------------------------------------------
+
+
+def _coded(in_features: int = 172) -> FdbLinear:
+    plain = _layer(bias=False, in_features=in_features)
+    layer = FdbLinear(in_features, 5, 64, scale_bits=8)
+    codes, row_scale = encode_scales(plain.alpha)
+    layer.load_state_dict({"weight": plain.weight, "alpha": codes, "row_scale": row_scale})
+    return layer
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+def test_a_layer_of_coded_scales_runs_and_saves_the_codes_it_was_read_with(
+    tiled: bool, cast: torch.dtype | None
+) -> None:
+    layer = _coded()
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    assert [stored[name].dtype for name in ("alpha", "row_scale")] == [torch.uint8, torch.float16]
+    if tiled:
+        layer.use_cpu_kernels()
+    layer.to(cast)
+    plain = FdbLinear(172, 5, 64)
+    alpha = decode_scales(stored["alpha"], stored["row_scale"])
+    plain.load_state_dict({"weight": stored["weight"], "alpha": alpha})
+    x = torch.randn(3, 172, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(layer(x), plain(x), rtol=1e-3, atol=1e-3)
+    layer.load_state_dict(stored)
+    again = layer.state_dict()
+    assert again.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name], tensor), name
 
 
 # -- the layout of the compiled kernels -----------------------------------------------------------

@@ -139,9 +139,45 @@ def test_embeddings_in_8_bits_load_and_save_and_change_the_logits_little(
     assert tied == plain.config.tie_word_embeddings
 
 
-def test_a_dense_export_has_no_embeddings_in_8_bits() -> None:
-    with pytest.raises(ValueError, match="leave out embeddings int8"):
-        PackConfig(format="dense", embeddings="int8")
+@pytest.mark.parametrize("embeddings", ["kept", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scales_in_8_bits_load_and_save_and_change_the_logits_little(
+    workshop: Workshop, tmp_path: Path, family: str, embeddings: str
+) -> None:
+    model = workshop.model(save_model(tmp_path / "model", family))
+    fdb = workshop.make("init-fdb", {"model": model}, method="als", group_size=16)
+    plain = workshop.run("pack", {"fdb": fdb}, embeddings=embeddings)
+    small = workshop.run("pack", {"fdb": fdb}, embeddings=embeddings, scales="float8")
+    sizes = [sum(t.numel() * t.element_size() for t in tensors_of(run.artifact).values())
+             for run in (plain, small)]  # fmt: skip
+    assert small.metrics["weight_bytes"] == sizes[1] < sizes[0]
+    weights = small.metrics["quantized_weights"]
+    saved = (plain.metrics["bits_per_quantized_weight"]
+             - small.metrics["bits_per_quantized_weight"]) * weights / 8  # fmt: skip
+    assert saved == pytest.approx(sizes[0] - sizes[1], abs=0.01 * saved)
+    ids = torch.arange(12).unsqueeze(0)
+    expected_from, loaded = (load_model(r.artifact.path, torch.float32) for r in (plain, small))
+    loaded.save_pretrained(tmp_path / "again")
+    again = load_model(tmp_path / "again", torch.float32)
+    with torch.no_grad():
+        expected, logits, repeated = (
+            m(input_ids=ids).logits for m in (expected_from, loaded, again)
+        )
+    assert torch.equal(logits, repeated)
+    assert 0 < (logits - expected).norm() / expected.norm() < 0.04
+    stored = load_file(small.artifact.path / "model.safetensors")
+    kept = load_file(tmp_path / "again" / "model.safetensors")
+    codes = [name for name in stored if name.endswith((".alpha", ".row_scale"))]
+    assert {stored[name].dtype for name in codes} == {torch.uint8, torch.float16}
+    for name in codes:
+        assert kept[name].dtype == stored[name].dtype
+        assert torch.equal(kept[name], stored[name]), name
+
+
+@pytest.mark.parametrize(("setting", "value"), [("embeddings", "int8"), ("scales", "float8")])
+def test_a_dense_export_has_nothing_in_8_bits(setting: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"leave out {setting} {value}"):
+        PackConfig(format="dense", **{setting: value})
 
 
 def test_other_files_of_the_models_folder_are_kept_and_weights_are_not(

@@ -1,7 +1,7 @@
 """One peer quantizes a model folder; its own venv runs this (peer_table.py makes it).
 
 Writes OUT as a plain float32 model folder of the dequantized weights, and OUT/peer.json: bits per
-quantized weight, seconds and peak memory.
+quantized weight, seconds of processor time and peak memory.
 """
 
 import argparse
@@ -35,9 +35,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.ids = load_file(options.tokens)["train"].long()[: options.num_samples]
-    begun = time.monotonic()
+    begun = time.process_time()
     weights = {name: matrix.float().cpu() for name, matrix in PEERS[options.peer](options)}
-    seconds = time.monotonic() - begun
+    seconds = time.process_time() - begun
     write_folder(options.model, options.out, weights)
     zero_bits = SCALE_BITS if options.peer == "hqq" else ZERO_BITS
     result = {

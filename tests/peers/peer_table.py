@@ -6,11 +6,13 @@
 MODEL is a folder with safetensors, CALIBRATION an artifact: every peer gets its sequences. Each is
 installed into its own venv under WORK and run by peer_quantizer.py; what is there is not made anew.
 All are evaluated by the same `dbllm eval-ppl` and, with the extra `eval`, `dbllm eval-tasks`. A
-difference is to the first of `--ours`, in nats a token, with its paired standard error.
+difference is to the first of `--ours`, in nats a token, with its paired standard error. Minutes are
+of one core; ours are those of every stage from the calibration on.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +23,12 @@ from dbllm_cli.store.artifact import Artifact
 
 PACKAGES = {
     "autoround": "auto-round==0.16.1",
-    "gptqmodel": "gptqmodel==7.7.0",
+    "gptqmodel": "gptqmodel==7.6.0",
     "hqq": "hqq==0.2.8.post1",
 }
 COMMON = ("torch==2.13.0", "transformers==5.23.0", "safetensors", "accelerate")
+SETTINGS = {"GPTQMODEL_CPU_WORKERS": "2"}
+"""On two cores GPTQModel gives itself one worker and then asks for two."""
 HERE = Path(__file__).parent
 TASKS = "dbllm_lambada,dbllm_piqa,dbllm_arc_easy,dbllm_winogrande"
 
@@ -39,10 +43,13 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE[:FIRST:LAST]")
     parser.add_argument("--max-windows", type=int, help="all when absent")
     parser.add_argument("--limit", type=int, default=500, help="items of each task; 0: no tasks")
+    parser.add_argument("--compute-dtype", default="float32", help="of the evaluations")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     rows = {"teacher": {"path": options.model}}
-    rows |= {Path(path).name: {"path": Path(path)} for path in options.ours}
+    rows |= {
+        Path(path).name: {"path": Path(path), **our_figures(Path(path))} for path in options.ours
+    }
     for peer in options.peers:
         name, group_size = peer.split(":")
         try:
@@ -71,14 +78,41 @@ def quantized(name: str, group_size: int, options: argparse.Namespace) -> Path:
     command = [python, HERE / "peer_quantizer.py", name, options.model, tokens, out]
     command += ["--group-size", str(group_size), "--threads", str(options.threads)]
     with (options.work / f"{out.name}.log").open("w") as log:
-        subprocess.run(command, stdout=log, stderr=log, check=True)
+        subprocess.run(command, stdout=log, stderr=log, check=True, env=os.environ | SETTINGS)
     return out
+
+
+def our_figures(path: Path) -> dict[str, float]:
+    """Bits, seconds of one core and peak memory over the stages that made an artifact."""
+    manifests = [json.loads(each.read_text()) for each in path.parent.glob("*/manifest.json")]
+    by_digest = {manifest["digest"]: manifest for manifest in manifests}
+    waiting = [json.loads((path / "manifest.json").read_text())["digest"]]
+    made: dict[str, Any] = {}
+    while waiting:
+        digest = waiting.pop()
+        if digest in by_digest and digest not in made:
+            made[digest] = by_digest[digest]
+            waiting += _digests(by_digest[digest]["lineage"]["inputs"])
+    steps = [manifest["provenance"] for manifest in made.values()]
+    layers = json.loads((path / "layers.json").read_text())
+    metrics = json.loads((path / "metrics.json").read_text())
+    bits = sum(layer["bits_per_weight"] * layer["weights"] for layer in layers.values())
+    weights = sum(layer["weights"] for layer in layers.values())
+    return {
+        "bits": metrics.get("bits_per_quantized_weight", bits / weights),
+        "seconds": sum(step["seconds"] * step["threads"] for step in steps),
+        "peak_gib": max(step["peak_memory_mib"] for step in steps) / 1024,
+    }
+
+
+def _digests(inputs: dict[str, str | list[str]]) -> list[str]:
+    return [d for each in inputs.values() for d in ([each] if isinstance(each, str) else each)]
 
 
 def evaluated(path: Path, text: str, options: argparse.Namespace) -> EvalResult:
     file, _, documents = text.partition(":")
     command = ["eval-ppl", str(path), "--text", file, "--reading", "raw"]
-    command += ["--sequence-length", "1024"]
+    command += ["--sequence-length", "1024", "--compute-dtype", options.compute_dtype]
     command += ["--documents", documents] if documents else []
     command += ["--max-windows", str(options.max_windows)] if options.max_windows else []
     return EvalResult.read(artifact(command, options))
@@ -87,17 +121,19 @@ def evaluated(path: Path, text: str, options: argparse.Namespace) -> EvalResult:
 def accuracy(path: Path, options: argparse.Namespace) -> dict[str, Any]:
     folder = str(HERE.parent / "tasks")
     command = ["eval-tasks", str(path), "--tasks", TASKS, "--include-path", folder]
-    made = artifact([*command, "--limit", str(options.limit)], options)
+    command += ["--limit", str(options.limit), "--compute-dtype", options.compute_dtype]
+    made = artifact(command, options)
     metrics: dict[str, Any] = json.loads((made.path / "metrics.json").read_text())
     return metrics
 
 
 def artifact(command: list[str], options: argparse.Namespace) -> Artifact:
     """What a command of dbllm makes, or finds in the store."""
-    command = ["dbllm", *command, "--threads", str(options.threads)]
-    path = Path(
-        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    threads = {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+    run = subprocess.run(
+        ["dbllm", *command], stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads
     )
+    path = Path(run.stdout.strip())
     manifest = json.loads((path / "manifest.json").read_text())
     return Artifact(path, manifest["kind"], manifest["digest"], manifest)
 

@@ -94,6 +94,11 @@ class InitFdbConfig(StageConfig):
         "layer by layer; mse: best step per group; paper: max|w|/2",
     )
     group_size: int = Field(64, gt=0, multiple_of=8, description="inputs that share two scales")
+    tied: bool = Field(
+        False,
+        description="one scale per group, with the levels -d, 0, d, 2d of GGUF's Q2_0: 2.25 bits "
+        "a weight at group size 64",
+    )
     include: tuple[str, ...] = Field(
         ("*",), description="shell wildcards on module names: linear layers to quantize"
     )
@@ -108,6 +113,12 @@ class InitFdbConfig(StageConfig):
     )
     batch_size: int = Field(4, gt=0, description="gptq: sequences run at once")
     compute_dtype: ComputeDtype = Field("bfloat16", description="gptq: " + _COMPUTE)
+
+    @model_validator(mode="after")
+    def _gptq_is_not_tied(self) -> "InitFdbConfig":
+        if self.tied and self.method == "gptq":
+            raise ValueError("method gptq has no tied form: use als, or leave out tied")
+        return self
 
 
 class TrainConfig(StageConfig):

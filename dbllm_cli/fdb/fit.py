@@ -18,7 +18,11 @@ _CHUNK_WEIGHTS = 1 << 22
 
 
 def fit_scales(
-    matrix: Tensor, group_size: int, method: str, input_weights: Tensor | None = None
+    matrix: Tensor,
+    group_size: int,
+    method: str,
+    input_weights: Tensor | None = None,
+    tied: bool = False,
 ) -> Tensor:
     """Scales of every group.
 
@@ -28,11 +32,13 @@ def fit_scales(
         method: `paper` (step max|w|/2), `mse` (best step by search, either orientation) or `als`
             (from `mse`, alternate nearest-level assignment and least squares).
         input_weights: importance of each input `[in]`, not negative; equal when absent.
+        tied: `als` keeps one scale twice the other (`fdb.scales`); in the other methods it is.
 
     Returns:
         alpha1 and alpha2, float32 `[2, out, groups]`.
     """
-    fit = {"paper": _fit_paper, "mse": _fit_mse, "als": _fit_als}[method]
+    als = _fit_tied_als if tied else _fit_als
+    fit = {"paper": _fit_paper, "mse": _fit_mse, "als": als}[method]
     if input_weights is None:
         input_weights = torch.ones(matrix.shape[-1], device=matrix.device)
     importance = to_groups(input_weights.to(torch.float32), group_size)
@@ -98,6 +104,28 @@ def _fit_als(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         error = _weighted_error(grouped, importance, alpha1, alpha2)
         best = _better(best, (alpha1, alpha2, error))
     return best[:2]
+
+
+def _fit_tied_als(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    best = _search_step(grouped, importance)
+    for _ in range(_ALTERNATIONS):
+        b1, b2 = assign_planes(grouped, best[0], best[1])
+        alpha1, alpha2 = _least_squares_step(grouped, importance, b1, b2, best[0] >= -best[1])
+        error = _weighted_error(grouped, importance, alpha1, alpha2)
+        best = _better(best, (alpha1, alpha2, error))
+    return best[:2]
+
+
+def _least_squares_step(
+    grouped: Tensor, importance: Tensor, b1: Tensor, b2: Tensor, upright: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tied scales with the least weighted square error for given planes and orientation."""
+    first, second = torch.where(upright, 2.0, 1.0), torch.where(upright, -1.0, -2.0)
+    unit = first * b1 + second * b2
+    weighted = unit * importance
+    size = (weighted * unit).sum(-1, keepdim=True)
+    step = (weighted * grouped).sum(-1, keepdim=True) / torch.where(size > 0, size, 1.0)
+    return project_signs(first * step, second * step)
 
 
 def least_squares_scales(

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.scales import decode_scales, encode_scales
+from dbllm_cli.fdb.scales import (
+    ScaleFormat,
+    decode_scales,
+    encode_scales,
+    join_tied,
+    split_tied,
+)
 from dbllm_cli.kernels import TILED_DTYPES, cpu_kernels, fdb_linear, fdb_linear_tiled
 
 _TILED_DEVICES = ("cpu", "meta")
@@ -29,8 +35,9 @@ class FdbLinear(nn.Module):
     Buffers: `weight` uint8 `[2, out, ceil(in / 8)]`, `alpha` float16 `[2, out, groups]`. The scales
     stay float16 when the model is cast, so that a cast never changes a weight.
 
-    With `scale_bits` 8 `alpha` is read and saved as codes, uint8, beside `row_scale` float16
-    `[out]` (`fdb.scales`); `decode_scales` makes float16 ones of them.
+    `alpha` is read and saved in `scale_format` (`fdb.scales`): `float8` codes, uint8, beside
+    `row_scale` float16 `[out]`, or `tied`, float16 `[1, out, groups]`. `decode_scales` makes pairs
+    of float16 of them.
 
     `use_cpu_kernels` replaces planes and scales by one buffer `tiles` in the layout of the compiled
     kernels; what is saved, read or moved to another device is planes and scales again.
@@ -49,7 +56,7 @@ class FdbLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        scale_bits: int = 16,
+        scale_format: ScaleFormat = "float16",
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -58,13 +65,11 @@ class FdbLinear(nn.Module):
         planes = torch.empty(
             2, out_features, -(-in_features // 8), dtype=torch.uint8, device=device
         )
-        groups = group_count(in_features, group_size)
-        coded = scale_bits == 8
-        scale_dtype = torch.uint8 if coded else torch.float16
-        scales = torch.empty(2, out_features, groups, dtype=scale_dtype, device=device)
+        self.scale_format: ScaleFormat = scale_format
+        coded = scale_format == "float8"
         rows = torch.empty(out_features, dtype=torch.float16, device=device) if coded else None
         self.register_buffer("weight", planes)
-        self.register_buffer("alpha", scales)
+        self.register_buffer("alpha", self._empty_scales(device))
         self.register_buffer("row_scale", rows)
         self.register_buffer("tiles", None, persistent=False)
         bias_values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
@@ -74,13 +79,20 @@ class FdbLinear(nn.Module):
     def quantized(self) -> QuantizedMatrix:
         """The layer's planes and scales."""
         weight, alpha = self._planes()
-        return QuantizedMatrix(weight, alpha, self.in_features, self.group_size)
+        tied = self.scale_format == "tied"
+        return QuantizedMatrix(weight, alpha, self.in_features, self.group_size, tied)
+
+    def _empty_scales(self, device: torch.device | str | None) -> Tensor:
+        """A place for scales as they are stored."""
+        groups = group_count(self.in_features, self.group_size)
+        pair = 1 if self.scale_format == "tied" else 2
+        dtype = torch.uint8 if self.scale_format == "float8" else torch.float16
+        return torch.empty(pair, self.out_features, groups, dtype=dtype, device=device)
 
     def decode_scales(self) -> None:
-        """Make float16 scales of codes, once instead of at every call."""
-        if self.alpha is not None and self.alpha.dtype == torch.uint8:
-            assert self.row_scale is not None
-            self.alpha = decode_scales(self.alpha, self.row_scale)
+        """Make pairs of float16 of stored scales, once instead of at every call."""
+        if self.tiles is None:
+            _, self.alpha = self._planes()
 
     def use_cpu_kernels(self) -> None:
         """Lay planes and scales out for the compiled kernels, where there are any for the layer."""
@@ -99,10 +111,12 @@ class FdbLinear(nn.Module):
             return kernels.from_tiles(
                 self.tiles, self.in_features, self.out_features, self.group_size
             )
-        self.decode_scales()
         assert self.weight is not None
         assert self.alpha is not None
-        return self.weight, self.alpha
+        if self.alpha.dtype == torch.uint8:
+            assert self.row_scale is not None
+            return self.weight, decode_scales(self.alpha, self.row_scale)
+        return self.weight, split_tied(self.alpha) if len(self.alpha) == 1 else self.alpha
 
     def _leave_cpu_kernels(self) -> None:
         self.weight, self.alpha = self._planes()
@@ -140,14 +154,16 @@ class FdbLinear(nn.Module):
         weight, alpha = self._planes()
         if self.row_scale is not None:
             alpha, _ = encode_scales(alpha, self.row_scale)
+        elif self.scale_format == "tied":
+            alpha = join_tied(alpha)
         destination[f"{prefix}weight"], destination[f"{prefix}alpha"] = weight, alpha
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         tiled = self.tiles is not None
         self._leave_cpu_kernels()
-        if self.row_scale is not None:
+        if self.scale_format != "float16":
             assert self.alpha is not None
-            self.alpha = torch.empty_like(self.alpha, dtype=torch.uint8)
+            self.alpha = self._empty_scales(self.alpha.device)
         super()._load_from_state_dict(*args, **kwargs)
         if tiled:
             self.use_cpu_kernels()
@@ -165,7 +181,14 @@ class FdbLinear(nn.Module):
     def holding(cls, quantized: QuantizedMatrix, bias: Tensor | None) -> Self:
         """A layer with these planes and scales, and a frozen bias."""
         _, out_features, _ = quantized.weight.shape
-        layer = cls(quantized.in_features, out_features, quantized.group_size, device="meta")
+        scale_format: ScaleFormat = "tied" if quantized.tied else "float16"
+        layer = cls(
+            quantized.in_features,
+            out_features,
+            quantized.group_size,
+            device="meta",
+            scale_format=scale_format,
+        )
         layer.weight, layer.alpha = quantized.weight, quantized.alpha
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)

@@ -10,6 +10,7 @@ from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.groups import from_groups, to_groups
 from dbllm_cli.fdb.levels import assign_planes, project_signs
 from dbllm_cli.fdb.packing import pack_planes
+from dbllm_cli.fdb.scales import join_tied, split_tied, tie_scales
 from dbllm_cli.kernels import dequantize, unpack_planes
 
 
@@ -22,12 +23,14 @@ class QuantizedMatrix:
         alpha: scales alpha1 and alpha2, float16 `[2, out, groups]`.
         in_features: inputs of the layer.
         group_size: inputs that share two scales.
+        tied: of the two scales one is twice the other, and stays so (`fdb.scales`).
     """
 
     weight: Tensor
     alpha: Tensor
     in_features: int
     group_size: int
+    tied: bool = False
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized matrix `[out, in]`."""
@@ -80,19 +83,27 @@ def count_planes(quantized: QuantizedMatrix) -> PlaneCounts:
 
 def stored_bits(quantized: QuantizedMatrix) -> int:
     """Bits of a layer as stored: planes, rows padded to whole bytes, and scales."""
-    return quantized.weight.numel() * 8 + quantized.alpha.numel() * 16
+    scales = quantized.alpha.numel() // (2 if quantized.tied else 1)
+    return quantized.weight.numel() * 8 + scales * 16
 
 
-def round_scales(alpha: Tensor) -> Tensor:
+def round_scales(alpha: Tensor, tied: bool = False) -> Tensor:
     """Scales with their signs projected, rounded to float16: what is stored.
 
     Args:
         alpha: `[2, out, groups]`.
+        tied: make one scale twice the other.
 
     Raises:
         StageFailedError: a scale is not finite in float16.
     """
-    rounded = torch.stack(project_signs(alpha[0], alpha[1])).to(torch.float16)
+    pair = project_signs(alpha[0], alpha[1])
+    if tied:
+        # The smaller one is rounded, so that the larger is exactly twice as large.
+        step = join_tied(torch.stack(tie_scales(*pair))).to(torch.float16)
+        rounded = split_tied(step)
+    else:
+        rounded = torch.stack(pair).to(torch.float16)
     if not torch.isfinite(rounded).all():
         raise StageFailedError(
             "a scale is not finite in float16", "lower the learning rates, or leave the layer out"
@@ -100,20 +111,23 @@ def round_scales(alpha: Tensor) -> Tensor:
     return rounded
 
 
-def quantize_matrix(matrix: Tensor, alpha: Tensor, group_size: int) -> QuantizedMatrix:
+def quantize_matrix(
+    matrix: Tensor, alpha: Tensor, group_size: int, tied: bool = False
+) -> QuantizedMatrix:
     """Round the scales to float16, then derive the planes once from the rounded scales.
 
     Args:
         matrix: weights or latent weights `[out, in]`.
         alpha: scales `[2, out, groups]`.
         group_size: inputs that share two scales.
+        tied: make one scale twice the other.
 
     Raises:
         StageFailedError: a scale is not finite in float16.
     """
-    rounded = round_scales(alpha)
+    rounded = round_scales(alpha, tied)
     scales = rounded.to(torch.float32).unsqueeze(-1)
     grouped = to_groups(matrix.to(torch.float32), group_size)
     planes = torch.stack(assign_planes(grouped, scales[0], scales[1]))
     packed = pack_planes(from_groups(planes, matrix.shape[-1]))
-    return QuantizedMatrix(packed, rounded, matrix.shape[-1], group_size)
+    return QuantizedMatrix(packed, rounded, matrix.shape[-1], group_size, tied)

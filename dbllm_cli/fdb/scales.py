@@ -1,12 +1,20 @@
-"""Scales in 8 bits, for storage: unsigned floats that share one float16 per row.
+"""How scales are stored: as they are, in 8 bits, or one for both planes.
 
-A code has 3 bits of exponent and 5 of mantissa, so that a scale is off by at most 1/64 of itself
-(0.65 % in the root mean square) over eight octaves. Integers on a linear grid round the small
-groups of a row away. The sign needs no bit: `alpha2 <= 0 <= alpha1`.
+`float8`: unsigned floats that share one float16 per row. A code has 3 bits of exponent and 5 of
+mantissa, so that a scale is off by at most 1/64 of itself (0.65 % in the root mean square) over
+eight octaves. Integers on a linear grid round the small groups of a row away. The sign needs no
+bit: `alpha2 <= 0 <= alpha1`.
+
+`tied`: one step d of either sign, the levels −d, 0, d and 2d, as GGUF's Q2_0 has them: of the two
+scales one is twice the other. They are tied from the start and at every step of training.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+ScaleFormat = Literal["float16", "float8", "tied"]
 
 _MANTISSAS = 32
 _EXPONENTS = 8
@@ -46,3 +54,27 @@ def decode_scales(codes: Tensor, row_scale: Tensor) -> Tensor:
     sizes = _unit_scales(codes.device)[codes.long()] * row_scale.to(torch.float32).unsqueeze(-1)
     signs = torch.tensor((1.0, -1.0), device=codes.device).view(2, 1, 1)
     return (sizes * signs).to(torch.float16)
+
+
+def tie_scales(alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest scales of which the larger is twice the smaller.
+
+    Args:
+        alpha1: not negative, any shape.
+        alpha2: not positive, the same shape.
+    """
+    upright = alpha1 + alpha2 >= 0
+    step = torch.where(upright, 2 * alpha1 - alpha2, alpha1 - 2 * alpha2) / 5
+    return torch.where(upright, 2 * step, step), -torch.where(upright, step, 2 * step)
+
+
+def join_tied(alpha: Tensor) -> Tensor:
+    """Tied scales `[2, out, groups]` as their signed step d `[1, out, groups]`."""
+    alpha1, alpha2 = alpha
+    return torch.where(alpha1 + alpha2 >= 0, -alpha2, -alpha1).unsqueeze(0)
+
+
+def split_tied(step: Tensor) -> Tensor:
+    """The inverse of `join_tied`: levels d·(−1, 0, 1, 2)."""
+    positive, negative = step.clamp(min=0), step.clamp(max=0)
+    return torch.cat((2 * positive - negative, 2 * negative - positive))

@@ -21,6 +21,7 @@ from dbllm_cli.fdb.levels import (
 )
 from dbllm_cli.fdb.linear import autocast_input
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix, round_scales
+from dbllm_cli.fdb.scales import tie_scales
 from dbllm_cli.kernels import can_round_latents, latent_gradients, latent_levels, unpack_planes
 
 
@@ -90,6 +91,7 @@ class TrainableLinear(nn.Module):
         super().__init__()
         self.in_features = quantized.in_features
         self.group_size = quantized.group_size
+        self.tied = quantized.tied
         self.alpha = nn.Parameter(quantized.alpha.to(torch.float32))
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -110,9 +112,9 @@ class TrainableLinear(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring the scales back to `alpha2 <= 0 <= alpha1`; called after every step."""
-        alpha1, alpha2 = project_signs(self.alpha[0], self.alpha[1])
-        self.alpha.copy_(torch.stack((alpha1, alpha2)))
+        """Bring the scales back to `alpha2 <= 0 <= alpha1`, and to their tie, after every step."""
+        pair = project_signs(self.alpha[0], self.alpha[1])
+        self.alpha.copy_(torch.stack(tie_scales(*pair) if self.tied else pair))
 
 
 class LatentLinear(TrainableLinear):
@@ -130,7 +132,7 @@ class LatentLinear(TrainableLinear):
     @torch.no_grad()
     def quantize(self) -> QuantizedMatrix:
         """See `TrainableLinear.quantize`."""
-        return quantize_matrix(self.latent, self.alpha, self.group_size)
+        return quantize_matrix(self.latent, self.alpha, self.group_size, self.tied)
 
 
 class ScaleLinear(TrainableLinear):
@@ -151,9 +153,8 @@ class ScaleLinear(TrainableLinear):
     @torch.no_grad()
     def quantize(self) -> QuantizedMatrix:
         """See `TrainableLinear.quantize`."""
-        return QuantizedMatrix(
-            self.packed, round_scales(self.alpha), self.in_features, self.group_size
-        )
+        alpha = round_scales(self.alpha, self.tied)
+        return QuantizedMatrix(self.packed, alpha, self.in_features, self.group_size, self.tied)
 
 
 def latent_start(quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Folders of quantized models: an fdb artifact is one, with latent weights beside it.
 
 `<layer>.weight` is uint8 `[2, out, ceil(in / 8)]` and `<layer>.alpha` float16 `[2, out, groups]`,
-or, with `scale_bits` 8, codes uint8 beside `<layer>.row_scale` float16 `[out]` (`fdb.scales`);
-every other tensor has the model's own name.
+or in another `scale_format` (`fdb.scales`): `float8` codes, uint8, beside `<layer>.row_scale`
+float16 `[out]`; `tied` float16 `[1, out, groups]`. Every other tensor has the model's own name.
 """
 
 import json
@@ -17,13 +17,24 @@ from torch import Tensor
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.scales import decode_scales, encode_scales
+from dbllm_cli.fdb.scales import (
+    ScaleFormat,
+    decode_scales,
+    encode_scales,
+    join_tied,
+    split_tied,
+)
 from dbllm_cli.fdb.training import latent_start
 from dbllm_cli.kernels import quantize_rows
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
 from dbllm_cli.llm.embeddings import embedding_names
 from dbllm_cli.llm.models import copy_other_files, empty_model, load_config, module_tensor_names
-from dbllm_cli.llm.quantizer import FORMAT_VERSION, DbllmConfig, NewerFormatError
+from dbllm_cli.llm.quantizer import (
+    FORMAT_VERSION,
+    NEWEST_FORMAT,
+    DbllmConfig,
+    NewerFormatError,
+)
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 
 LATENTS = "latents"
@@ -47,9 +58,11 @@ class PackedFolder:
                 "make the artifact again: dbllm init-fdb",
             )
         try:
-            self.group_size = DbllmConfig(**settings).group_size
+            config = DbllmConfig(**settings)
         except NewerFormatError as error:
             raise ArtifactMissingError(f"{folder}: {error}", "upgrade dbllm") from error
+        self.group_size = config.group_size
+        self.scale_format: ScaleFormat = config.scale_format or "float16"
         has_latents = any(folder.glob(f"{LATENTS}*.safetensors"))
         self.latents = TensorFolder(folder, LATENTS) if has_latents else None
 
@@ -69,15 +82,18 @@ class PackedFolder:
         out_features = weight.shape[1]
         groups = group_count(in_features, self.group_size)
         fits = weight.shape == (2, out_features, -(-in_features // 8))
-        if not fits or alpha.shape != (2, out_features, groups):
+        tied = self.scale_format == "tied"
+        if not fits or alpha.shape != (1 if tied else 2, out_features, groups):
             raise ArtifactCorruptError(
                 f"layer {name} of {self.folder} has planes {tuple(weight.shape)} and scales "
                 f"{tuple(alpha.shape)}, which do not fit {in_features} inputs",
                 "make the artifact again",
             )
-        if alpha.dtype == torch.uint8:
+        if tied:
+            alpha = split_tied(alpha)
+        if self.scale_format == "float8":
             alpha = decode_scales(alpha, self.tensors.get(f"{name}{_ROW_SCALE}"))
-        return QuantizedMatrix(weight, alpha, in_features, self.group_size)
+        return QuantizedMatrix(weight, alpha, in_features, self.group_size, tied)
 
     def latent(self, name: str, quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
         """Latent weights to train from, float32 `[out, in]`: stored ones, else the teacher's.
@@ -112,24 +128,37 @@ def _is_alpha(name: str) -> bool:
 
 def layer_tensors(name: str, quantized: QuantizedMatrix) -> list[tuple[str, Tensor]]:
     """A layer's tensors under the names that packed models store."""
-    return [(f"{name}.weight", quantized.weight), (f"{name}.alpha", quantized.alpha)]
+    alpha = join_tied(quantized.alpha) if quantized.tied else quantized.alpha
+    return [(f"{name}.weight", quantized.weight), (f"{name}.alpha", alpha)]
 
 
 def quantized_config(
-    config: dict[str, Any], group_size: int, kept: Sequence[str], dtype: str
+    config: dict[str, Any],
+    group_size: int,
+    kept: Sequence[str],
+    dtype: str,
+    scale_format: ScaleFormat = "float16",
 ) -> dict[str, Any]:
     """config.json of a quantized model: the model's own with `quantization_config` added."""
     own = {key: value for key, value in config.items() if key != "torch_dtype"}
+    settings = {
+        "quant_method": "dbllm",
+        "format_version": FORMAT_VERSION,
+        "group_size": group_size,
+        "modules_to_not_convert": sorted(kept),
+    }
     return {
         **own,
         "dtype": dtype,
-        "quantization_config": {
-            "quant_method": "dbllm",
-            "format_version": FORMAT_VERSION,
-            "group_size": group_size,
-            "modules_to_not_convert": sorted(kept),
-        },
+        "quantization_config": settings | scale_settings(scale_format),
     }
+
+
+def scale_settings(scale_format: ScaleFormat) -> dict[str, Any]:
+    """What a `quantization_config` says of its scales."""
+    if scale_format == "float16":
+        return {}
+    return {"scale_format": scale_format, "format_version": NEWEST_FORMAT}
 
 
 def write_json(path: Path, data: object) -> None:

@@ -10,6 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dbllm_cli.fdb.linear import FdbLinear
+from dbllm_cli.fdb.scales import ScaleFormat
 from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks, layer_shape
 from dbllm_cli.llm.decoder_blocks import use_block_kernels
@@ -17,7 +18,7 @@ from dbllm_cli.llm.embeddings import use_int8_embeddings
 
 FORMAT_VERSION = 1
 NEWEST_FORMAT = 2
-"""The first with scales in 8 bits; written for these alone, so that older dbllm read the rest."""
+"""The first with scale formats; written for these alone, so that older dbllm read the rest."""
 
 
 class NewerFormatError(ValueError):
@@ -32,7 +33,7 @@ class DbllmConfig(QuantizationConfigMixin):
         modules_to_not_convert: full names of linear layers in the blocks that are not quantized.
         format_version: of the tensors; a newer one is refused.
         embedding_bits: 8 where embeddings and output layer are `kernels.quantize_rows`'.
-        scale_bits: 8 where scales are `fdb.scales`'; from format 2 on.
+        scale_format: of `fdb.scales`; float16 when absent, others from format 2 on.
 
     Raises:
         NewerFormatError: the folder was written by a newer dbllm.
@@ -44,14 +45,12 @@ class DbllmConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
         embedding_bits: int | None = None,
-        scale_bits: int | None = None,
+        scale_format: ScaleFormat | None = None,
         **kwargs: Any,
     ) -> None:
         del kwargs
         if embedding_bits not in (None, 8):
             raise ValueError(f"embeddings in {embedding_bits} bits are not known here: 8 or none")
-        if scale_bits not in (None, 8):
-            raise ValueError(f"scales in {scale_bits} bits are not known here: 8 or none")
         if format_version > NEWEST_FORMAT:
             raise NewerFormatError(
                 f"packed format {format_version} is newer than the {NEWEST_FORMAT} read here: "
@@ -61,7 +60,7 @@ class DbllmConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.group_size = group_size
         self.embedding_bits = embedding_bits
-        self.scale_bits = scale_bits
+        self.scale_format = scale_format
         self.modules_to_not_convert = list(modules_to_not_convert or ())
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,9 +79,9 @@ class DbllmQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         del kwargs
         settings = self.quantization_config
-        scale_bits = settings.scale_bits or 16
+        scale_format: ScaleFormat = settings.scale_format or "float16"
         kept = settings.modules_to_not_convert
-        convert_layers(model, settings.group_size, kept, scale_bits)
+        convert_layers(model, settings.group_size, kept, scale_format)
         if settings.embedding_bits is not None:
             use_int8_embeddings(model)
         return model
@@ -119,7 +118,7 @@ class DbllmQuantizer(HfQuantizer):
 
 
 def convert_layers(
-    model: nn.Module, group_size: int, kept: list[str], scale_bits: int = 16
+    model: nn.Module, group_size: int, kept: list[str], scale_format: ScaleFormat = "float16"
 ) -> None:
     """Replace the linear layers of the decoder blocks by empty FdbLinear of the same shape.
 
@@ -127,7 +126,7 @@ def convert_layers(
         model: on the meta device, or loaded.
         group_size: inputs that share two scales.
         kept: full names of layers to leave; a headless model's shorter names match them too.
-        scale_bits: 16 or 8, in which the scales are stored.
+        scale_format: in which the scales are stored.
     """
     for name, module in list(find_blocks(model).linear_layers()):
         if any(skip == name or skip.endswith(f".{name}") for skip in kept):
@@ -143,7 +142,7 @@ def convert_layers(
             bias is not None,
             weight.dtype,
             weight.device,
-            scale_bits,
+            scale_format,
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)

@@ -91,7 +91,7 @@ def keep_layers(
 
 
 def finished_layers(
-    model: StreamedModel, scratch: Path, group_size: int
+    model: StreamedModel, scratch: Path, group_size: int, tied: bool = False
 ) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
     """Full name, planes and scales, and latent weights or None, of every layer that was kept."""
     for index in range(len(model.blocks)):
@@ -104,7 +104,8 @@ def finished_layers(
             in_features, _ = layer_shape(model.model.get_submodule(full))
             weight, alpha = tensors.get(f"{name}.weight"), tensors.get(key)
             latent = tensors.get(f"{name}.latent") if f"{name}.latent" in tensors else None
-            yield full, QuantizedMatrix(weight, alpha, in_features, group_size), latent
+            matrix = QuantizedMatrix(weight, alpha, in_features, group_size, tied)
+            yield full, matrix, latent
 
 
 def mean_error(output: Tensor, targets: Tensor, batch_size: int) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dbllm_cli.configs import PackConfig
+from dbllm_cli.errors import ConfigError
 from dbllm_cli.llm.models import LAYER_REPORT, copy_other_files
 from dbllm_cli.llm.packed import (
     PackedFolder,
@@ -14,9 +15,9 @@ from dbllm_cli.llm.packed import (
     coded_scale_tensors,
     dense_tensors,
     int8_embedding_tensors,
+    scale_settings,
     write_json,
 )
-from dbllm_cli.llm.quantizer import NEWEST_FORMAT
 from dbllm_cli.llm.tensors import ShardWriter
 from dbllm_cli.stages.model_card import model_card
 from dbllm_cli.stages.spec import Context, Metrics, members
@@ -28,10 +29,12 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Met
 
     Raises:
         ArtifactCorruptError: the fdb artifact is not whole.
-        ConfigError: the model's embeddings can't be packed in 8 bits.
+        ConfigError: the model's embeddings, or tied scales, can't be packed in 8 bits.
     """
     fdb = inputs["fdb"]
     student = PackedFolder(fdb.path)
+    if student.scale_format == "tied" and config.scales != "float16":
+        raise ConfigError("tied scales have no float8 form", "leave out --scales float8")
     copy_other_files(student.folder, ctx.out)
     names = student.tensors.names()
     total = 0
@@ -86,7 +89,7 @@ def _note_bits(config: PackConfig, ctx: Context) -> None:
     if config.embeddings == "int8":
         quantization["embedding_bits"] = 8
     if config.scales == "float8":
-        quantization |= {"scale_bits": 8, "format_version": NEWEST_FORMAT}
+        quantization |= scale_settings("float8")
     write_json(path, settings)
 
 

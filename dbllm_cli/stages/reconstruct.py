@@ -52,11 +52,13 @@ def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context)
     training = _BlockTraining(config, PackedFolder(inputs["student"].path), folder, ctx)
     calibration = open_calibration(inputs["calibration"])
     report = training.train_all(calibration.train[: config.num_samples])
-    finished = finished_layers(training.model, ctx.scratch, training.student.group_size)
+    student = training.student
+    tied = student.scale_format == "tied"
+    finished = finished_layers(training.model, ctx.scratch, student.group_size, tied)
     kept = (
         (n, quantized, latent if config.keep_latents else None) for n, quantized, latent in finished
     )
-    write_requantized(training.student, ctx.out, kept)
+    write_requantized(student, ctx.out, kept)
     layers = over_all_layers(write_layer_report(folder, calibration.input_mean_squares, ctx))
     errors = [block["error_after"] for block in report]
     ctx.progress.table(

@@ -1,6 +1,7 @@
 """The layers that the two training stages train, put in place of a block's linear layers."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,8 @@ def latent_layer(
         bias: its bias, or None.
     """
     device = teacher.device
-    on_device = QuantizedMatrix(
-        quantized.weight.to(device),
-        quantized.alpha.to(device),
-        quantized.in_features,
-        quantized.group_size,
+    on_device = replace(
+        quantized, weight=quantized.weight.to(device), alpha=quantized.alpha.to(device)
     )
     latent = student.latent(name, on_device, teacher)
     return LatentLinear(on_device, latent.to(device), bias)

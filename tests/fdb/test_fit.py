@@ -45,6 +45,20 @@ def test_the_paper_s_start_is_int2_with_half_the_largest_weight_as_step() -> Non
         assert torch.allclose(alpha[1, :, group], -step)
 
 
+def test_tied_scales_are_fitted_as_pairs_of_one_and_two_steps() -> None:
+    matrix = _normal(256, 1024)
+    alpha = fit_scales(matrix, 64, "als", tied=True)
+    sizes = alpha.abs()
+    assert torch.allclose(sizes.amax(0), 2 * sizes.amin(0), rtol=1e-5)
+    error = _error(matrix, alpha, 64)
+    assert error == pytest.approx(0.1225, abs=0.0015)
+    moved = [_error(matrix, alpha * factor, 64) for factor in (0.99, 1.01)]
+    assert error < min(moved)
+    weights = _normal(1024, seed=1).abs().double()
+    weighted = fit_scales(matrix, 64, "als", weights.float(), tied=True)
+    assert _error(matrix, weighted, 64, weights) < _error(matrix, alpha, 64, weights)
+
+
 @pytest.mark.parametrize("method", ["mse", "als"])
 def test_both_orientations_are_tried(method: str) -> None:
     lopsided = torch.cat((_normal(1, 64).abs() * 2 - 0.3, -(_normal(1, 64).abs() * 2 - 0.3)))

@@ -8,7 +8,13 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import quantize_matrix
-from dbllm_cli.fdb.scales import decode_scales, encode_scales
+from dbllm_cli.fdb.scales import (
+    ScaleFormat,
+    decode_scales,
+    encode_scales,
+    join_tied,
+    split_tied,
+)
 
 
 def _layer(bias: bool = True, in_features: int = 172) -> FdbLinear:
@@ -66,30 +72,33 @@ def test_a_layer_on_the_meta_device_can_be_made_and_run() -> None:
     assert layer(torch.empty(2, 172, device="meta")).shape == (2, 5)
 
 
-# -- scales in 8 bits ------------------------------------------------------------------------------
+# -- scale formats ---------------------------------------------------------------------------------
 
 
-def _coded(in_features: int = 172) -> FdbLinear:
-    plain = _layer(bias=False, in_features=in_features)
-    layer = FdbLinear(in_features, 5, 64, scale_bits=8)
-    codes, row_scale = encode_scales(plain.alpha)
-    layer.load_state_dict({"weight": plain.weight, "alpha": codes, "row_scale": row_scale})
-    return layer
+def _stored(scale_format: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The state of a layer in a scale format, and the pairs of scales that it stands for."""
+    plain = _layer(bias=False)
+    if scale_format == "float8":
+        codes, row_scale = encode_scales(plain.alpha)
+        stored = {"weight": plain.weight, "alpha": codes, "row_scale": row_scale}
+        return stored, decode_scales(codes, row_scale)
+    steps = join_tied(plain.alpha)
+    return {"weight": plain.weight, "alpha": steps}, split_tied(steps)
 
 
+@pytest.mark.parametrize("scale_format", ["float8", "tied"])
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
-def test_a_layer_of_coded_scales_runs_and_saves_the_codes_it_was_read_with(
-    tiled: bool, cast: torch.dtype | None
+def test_a_layer_runs_on_stored_scales_and_saves_what_it_read(
+    scale_format: ScaleFormat, tiled: bool, cast: torch.dtype | None
 ) -> None:
-    layer = _coded()
-    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    assert [stored[name].dtype for name in ("alpha", "row_scale")] == [torch.uint8, torch.float16]
+    layer = FdbLinear(172, 5, 64, scale_format=scale_format)
+    stored, alpha = _stored(scale_format)
+    layer.load_state_dict(stored)
     if tiled:
         layer.use_cpu_kernels()
     layer.to(cast)
     plain = FdbLinear(172, 5, 64)
-    alpha = decode_scales(stored["alpha"], stored["row_scale"])
     plain.load_state_dict({"weight": stored["weight"], "alpha": alpha})
     x = torch.randn(3, 172, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(layer(x), plain(x), rtol=1e-3, atol=1e-3)

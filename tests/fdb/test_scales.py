@@ -3,7 +3,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbllm_cli.fdb.scales import decode_scales, encode_scales
+from dbllm_cli.fdb.scales import (
+    decode_scales,
+    encode_scales,
+    join_tied,
+    split_tied,
+    tie_scales,
+)
 
 
 def _scales(*shape: int, octaves: float = 6.0) -> Tensor:
@@ -51,3 +57,24 @@ def test_decoded_scales_have_the_codes_that_they_came_from(octaves: float) -> No
     again, same = encode_scales(decode_scales(codes, row_scale), row_scale)
     assert torch.equal(again, codes)
     assert torch.equal(same, row_scale)
+
+
+def test_tied_scales_are_the_nearest_of_which_one_is_twice_the_other() -> None:
+    alpha = _scales(8, 8).double()
+    tied = torch.stack(tie_scales(*alpha))
+    small, large = tied.abs().amin(0), tied.abs().amax(0)
+    assert torch.allclose(large, 2 * small, rtol=1e-12)
+    steps = torch.linspace(0, 0.06, 6001, dtype=torch.float64).view(-1, 1, 1, 1)
+    shapes = torch.tensor([[2.0, -1.0], [1.0, -2.0]], dtype=torch.float64).view(2, 2, 1, 1)
+    tried = (steps * shapes.unsqueeze(1).unsqueeze(1) - alpha).square().sum(-3).amin((0, 1, 2))
+    assert torch.allclose((tied - alpha).square().sum(0), tried, atol=1e-8)
+
+
+def test_a_tied_pair_is_stored_as_one_step_with_levels_of_minus_1_0_1_and_2_steps() -> None:
+    step = torch.tensor([[[0.25, -0.5, 0.0]]], dtype=torch.float16)
+    alpha1, alpha2 = split_tied(step)
+    for number, expected in enumerate((0.25, -0.5, 0.0)):
+        first, second = float(alpha1[0, number]), float(alpha2[0, number])
+        levels = {first * b1 + second * b2 for b1 in (0, 1) for b2 in (0, 1)}
+        assert levels == {k * expected for k in (-1, 0, 1, 2)}
+    assert torch.equal(join_tied(split_tied(step)), step)

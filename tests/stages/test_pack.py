@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dbllm_cli.configs import PackConfig
+from dbllm_cli.errors import ConfigError
 from dbllm_cli.llm.models import load_model
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
@@ -172,6 +173,32 @@ def test_scales_in_8_bits_load_and_save_and_change_the_logits_little(
     for name in codes:
         assert kept[name].dtype == stored[name].dtype
         assert torch.equal(kept[name], stored[name]), name
+
+
+def test_tied_scales_stay_tied_through_training_and_are_packed_as_one(
+    workshop: Workshop, training: dict[str, Artifact]
+) -> None:
+    inputs = {"model": training["model"], "calibration": training["calibration"]}
+    tied = workshop.make("init-fdb", inputs, tied=True)
+    trained = workshop.make("reconstruct", {**training, "student": tied}, batch_size=3)
+    for train in ("scales", "weights"):
+        distilled = workshop.make("distill", {**training, "student": trained}, steps=3, train=train)
+        outcome = workshop.run("pack", {"fdb": distilled})
+        before, after = tensors_of(trained), tensors_of(outcome.artifact)
+        steps = {name: tensor for name, tensor in after.items() if name.endswith(".alpha")}
+        assert {len(step) for step in steps.values()} == {1}
+        assert any(not torch.equal(step, before[name]) for name, step in steps.items())
+    # A row of 64 inputs: 8 bytes in each plane, one step; of 100: 13 bytes and two steps.
+    assert outcome.metrics["bits_per_quantized_weight"] == pytest.approx(2.28, abs=0.04)
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        packed, fdb = (
+            load_model(artifact.path, torch.float32)(input_ids=ids).logits
+            for artifact in (outcome.artifact, distilled)
+        )
+    assert torch.equal(packed, fdb)
+    with pytest.raises(ConfigError, match="no float8 form"):
+        workshop.make("pack", {"fdb": distilled}, scales="float8")
 
 
 @pytest.mark.parametrize(("setting", "value"), [("embeddings", "int8"), ("scales", "float8")])

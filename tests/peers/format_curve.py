@@ -4,7 +4,8 @@
 
 MODEL is a folder with safetensors, CALIBRATION an artifact, whose input statistics weigh the
 errors. The start `als` alone, without training: relative error of unit normal weights, and of some
-rows of every projection of the model. `offset` adds a free level per group, beta, stored like the scales.
+rows of every projection of the model. `offset` adds a free level per group, beta, stored like the
+scales.
 """
 
 import argparse

@@ -154,8 +154,9 @@ class _BlockTraining:
             matrix = matrix_of(module, weight)
             layers[name] = latent_layer(self.student, full, quantized, matrix, bias)
             replace_module(block, name, layers[name])
+        own = {f"{name}.alpha" for name in layers}
         for name, parameter in block.named_parameters():
-            if f"{prefix}.{name}" in self.student.tensors:
+            if name not in own and f"{prefix}.{name}" in self.student.tensors:
                 parameter.data.copy_(self.student.tensors.get(f"{prefix}.{name}"))
         return block, layers
 

@@ -180,7 +180,9 @@ def test_tied_scales_stay_tied_through_training_and_are_packed_as_one(
 ) -> None:
     inputs = {"model": training["model"], "calibration": training["calibration"]}
     tied = workshop.make("init-fdb", inputs, tied=True)
-    trained = workshop.make("reconstruct", {**training, "student": tied}, batch_size=3)
+    reconstructed = workshop.run("reconstruct", {**training, "student": tied}, batch_size=3)
+    assert all(block["error_before"] < 0.5 for block in reconstructed.metrics["blocks"])
+    trained = reconstructed.artifact
     for train in ("scales", "weights"):
         distilled = workshop.make("distill", {**training, "student": trained}, steps=3, train=train)
         outcome = workshop.run("pack", {"fdb": distilled})

@@ -113,6 +113,9 @@ class InitFdbConfig(StageConfig):
     )
     batch_size: int = Field(4, gt=0, description="gptq: sequences run at once")
     compute_dtype: ComputeDtype = Field("bfloat16", description="gptq: " + _COMPUTE)
+    keep_latents: bool = Field(
+        True, description="gptq: store the compensated weights, for reconstruct to go on from"
+    )
 
     @model_validator(mode="after")
     def _gptq_is_not_tied(self) -> "InitFdbConfig":

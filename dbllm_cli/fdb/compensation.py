@@ -5,7 +5,7 @@ error of the layer's output is least (GPTQ, arXiv 2210.17323, with the four leve
 scales for every group of a row). The scales are then fitted once more to the layer's output.
 """
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.fit import fit_scales
-from dbllm_cli.fdb.groups import group_count, to_groups
-from dbllm_cli.fdb.levels import assign_planes, project_signs
+from dbllm_cli.fdb.groups import from_groups, group_count, to_groups
+from dbllm_cli.fdb.levels import assign_planes, clamp_to_cells, project_signs
 from dbllm_cli.fdb.packing import pack_planes
 from dbllm_cli.fdb.quantized import QuantizedMatrix, round_scales
 
@@ -24,7 +24,21 @@ _CHUNK_NUMBERS = 1 << 24
 """Numbers of the systems solved at once: bounds the work memory whatever the layer."""
 
 
-def quantize_compensated(matrix: Tensor, gram: Tensor, group_size: int) -> QuantizedMatrix:
+class Compensated(NamedTuple):
+    """A layer after error-compensated rounding.
+
+    Attributes:
+        quantized: planes and scales.
+        latent: what each weight was when it was rounded, the errors before it taken up, drawn into
+            the cell of its code; float32 `[out, in]`. Training goes on from here: from the full-
+            precision weights it would have to find the compensation again.
+    """
+
+    quantized: QuantizedMatrix
+    latent: Tensor
+
+
+def quantize_compensated(matrix: Tensor, gram: Tensor, group_size: int) -> Compensated:
     """Planes and scales of a layer, chosen for the error of its output.
 
     Args:
@@ -38,9 +52,13 @@ def quantize_compensated(matrix: Tensor, gram: Tensor, group_size: int) -> Quant
     if not torch.isfinite(gram).all():
         raise StageFailedError("its inputs are not finite", "use --compute-dtype float32")
     damped = _damp(gram)
-    planes, alpha = _round_columns(matrix, _inverse_root(damped), group_size)
+    planes, alpha, rounded = _round_columns(matrix, _inverse_root(damped), group_size)
     alpha = _refit_scales(matrix, damped, planes, alpha, group_size)
-    return QuantizedMatrix(pack_planes(planes), alpha, matrix.shape[-1], group_size)
+    quantized = QuantizedMatrix(pack_planes(planes), alpha, matrix.shape[-1], group_size)
+    b1, b2 = to_groups(planes, group_size)
+    alpha1, alpha2 = alpha.to(torch.float32).unsqueeze(-1)
+    latent = clamp_to_cells(to_groups(rounded, group_size), b1, b2, alpha1, alpha2)
+    return Compensated(quantized, from_groups(latent, matrix.shape[-1]))
 
 
 def _damp(gram: Tensor) -> Tensor:
@@ -62,8 +80,8 @@ def _inverse_root(gram: Tensor) -> Tensor:
     return cast(Tensor, upper.to(torch.float32))
 
 
-def _round_columns(matrix: Tensor, root: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Planes, bool `[2, out, in]`, and float16 scales `[2, out, groups]`."""
+def _round_columns(matrix: Tensor, root: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Planes, bool `[2, out, in]`, float16 scales `[2, out, groups]`, and what was rounded."""
     rest = matrix.clone()
     in_features = matrix.shape[-1]
     planes = torch.empty(2, *matrix.shape, dtype=torch.bool, device=matrix.device)
@@ -77,7 +95,7 @@ def _round_columns(matrix: Tensor, root: Tensor, group_size: int) -> tuple[Tenso
         scales.append(alpha)
         errors = _round_group(group, own, alpha.to(torch.float32), planes[:, :, first:last])
         rest[:, last:] -= errors @ root[first:last, last:]
-    return planes, torch.cat(scales, dim=-1)
+    return planes, torch.cat(scales, dim=-1), rest
 
 
 def _round_group(group: Tensor, root: Tensor, alpha: Tensor, planes: Tensor) -> Tensor:

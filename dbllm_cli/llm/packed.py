@@ -38,6 +38,8 @@ from dbllm_cli.llm.quantizer import (
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 
 LATENTS = "latents"
+QuantizedLayer = tuple[str, QuantizedMatrix, Tensor | None]
+"""Name, planes and scales, and the latent weights to keep, or None."""
 _ROW_SCALE = ".row_scale"
 
 
@@ -169,7 +171,7 @@ def write_json(path: Path, data: object) -> None:
 def write_requantized(
     student: PackedFolder,
     out: Path,
-    layers: Iterable[tuple[str, QuantizedMatrix, Tensor | None]],
+    layers: Iterable[QuantizedLayer],
     others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an fdb artifact like `student` with other planes and scales.
@@ -177,10 +179,27 @@ def write_requantized(
     Args:
         student: where all other tensors and files come from.
         out: the new artifact's folder.
-        layers: name, planes and scales, and the latent weights to keep (or None), of every layer.
+        layers: every quantized layer.
         others: tensors in place of the student's, which are stored in the student's dtype.
     """
     copy_other_files(student.folder, out)
+    kept = (
+        (name, (others or {}).get(name, tensor).detach().to("cpu", tensor.dtype))
+        for name, tensor in student.other_tensors()
+    )
+    write_quantized(out, layers, kept)
+
+
+def write_quantized(
+    out: Path, layers: Iterable[QuantizedLayer], others: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write the tensors of an fdb artifact, latent weights beside them where there are any.
+
+    Args:
+        out: the artifact's folder.
+        layers: every quantized layer.
+        others: name and value of every other tensor; read after the layers.
+    """
     latents = out / ".latents"
     latents.mkdir()
     with ShardWriter(out) as writer, ShardWriter(latents, LATENTS) as latent_writer:
@@ -190,8 +209,7 @@ def write_requantized(
             if latent is not None:
                 any_latents = True
                 latent_writer.add(name, latent)
-        for name, tensor in student.other_tensors():
-            writer.add(name, (others or {}).get(name, tensor).detach().to("cpu", tensor.dtype))
+        writer.add_all(others)
     if any_latents:
         for path in latents.iterdir():
             path.rename(out / path.name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import StageFailedError
-from dbllm_cli.fdb.compensation import quantize_compensated
+from dbllm_cli.fdb.compensation import Compensated, quantize_compensated
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
@@ -78,12 +78,9 @@ class GptqStart:
                 task.advance(block=index, error=report[-1]["error"])
         return report
 
-    def finished_layers(self) -> Iterator[tuple[str, QuantizedMatrix]]:
-        """Full name, planes and scales of every layer, read back from scratch."""
-        for name, quantized, _ in finished_layers(
-            self.model, self.ctx.scratch, self.config.group_size
-        ):
-            yield name, quantized
+    def finished_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
+        """Full name, planes and scales, and latent weights of every layer, read from scratch."""
+        return finished_layers(self.model, self.ctx.scratch, self.config.group_size)
 
     def _quantize_block(self, index: int, streams: BlockStreams) -> float:
         """Quantize one block; the streams move on to its outputs. Its relative error."""
@@ -93,15 +90,21 @@ class GptqStart:
             targets = self.model.run_all(index, block, streams.teacher, size)
             student = copy.deepcopy(block)
             self.model.drop_block(index)
-            quantized = self._compensate(index, student, streams.student, targets)
+            layers = self._compensate(index, student, streams.student, targets)
             output = self.model.run_all(index, student, streams.student, size)
-        keep_layers(self.ctx.scratch, index, quantized)
+        latents = {name: layer.latent for name, layer in layers.items()}
+        keep_layers(
+            self.ctx.scratch,
+            index,
+            {name: layer.quantized for name, layer in layers.items()},
+            latents if self.config.keep_latents else None,
+        )
         streams.teacher, streams.student = targets, output
         return round(mean_error(output, targets, size), 6)
 
     def _compensate(
         self, index: int, block: nn.Module, entering: Tensor, targets: Tensor
-    ) -> dict[str, QuantizedMatrix]:
+    ) -> dict[str, Compensated]:
         """Quantize a block's layers in order and put them in their places.
 
         Args:
@@ -111,12 +114,12 @@ class GptqStart:
             targets: the teacher block's output in the teacher, which weighs the tokens.
 
         Returns:
-            Name within the block -> planes and scales.
+            Name within the block -> planes and scales, and latent weights.
         """
         prefix, size = self.model.blocks.name(index), self.config.batch_size
         names = [name for name, _ in block.named_modules() if f"{prefix}.{name}" in self.names]
         batches = [part.to(self.ctx.device) for part in token_weights(targets).split(size)]
-        quantized: dict[str, QuantizedMatrix] = {}
+        layers: dict[str, Compensated] = {}
         for together in self._in_order(index, block, names, entering[:size]):
             layer = block.get_submodule(together[0])
             gram = weighted_gram(
@@ -128,12 +131,10 @@ class GptqStart:
             )
             for name in together:
                 module = block.get_submodule(name)
-                quantized[name] = _quantize(
-                    f"{prefix}.{name}", module, gram, self.config.group_size
-                )
+                layers[name] = _quantize(f"{prefix}.{name}", module, gram, self.config.group_size)
                 bias = cast("Tensor | None", getattr(module, "bias", None))
-                replace_module(block, name, FdbLinear.holding(quantized[name], bias))
-        return quantized
+                replace_module(block, name, FdbLinear.holding(layers[name].quantized, bias))
+        return layers
 
     def _in_order(
         self, index: int, block: nn.Module, names: list[str], few: Tensor
@@ -151,7 +152,7 @@ class GptqStart:
         return shared
 
 
-def _quantize(name: str, module: nn.Module, gram: Tensor, group_size: int) -> QuantizedMatrix:
+def _quantize(name: str, module: nn.Module, gram: Tensor, group_size: int) -> Compensated:
     weight = cast(Tensor, module.weight)
     require_finite(f"{name}.weight", weight)
     matrix = matrix_of(module, weight).to(torch.float32)

@@ -1,7 +1,7 @@
 """init-fdb: the starting planes and scales of every selected linear layer."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from dbllm_cli.llm.models import (
     module_tensor_names,
     require_device,
 )
-from dbllm_cli.llm.packed import layer_tensors, quantized_config, write_json
-from dbllm_cli.llm.tensors import ShardWriter, TensorFolder, require_finite
+from dbllm_cli.llm.packed import QuantizedLayer, quantized_config, write_json, write_quantized
+from dbllm_cli.llm.tensors import TensorFolder, require_finite
 from dbllm_cli.stages.gptq_start import GptqStart, names_layer
 from dbllm_cli.stages.layer_report import over_all_layers, show_layers, write_layer_report
 from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
@@ -58,7 +58,7 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
         quantized = start.finished_layers()
     else:
         quantized = _fitted_layers(config, folder, layers, means, ctx)
-    _write_tensors(config, folder, model, quantized, ctx.out)
+    _write_tensors(config, folder, model, quantized, layers, ctx.out)
     _write_files(folder, ctx.out, config, [n for n, _ in blocks.linear_layers() if n not in layers])
     report = write_layer_report(folder, means, ctx)
     show_layers(report, ctx.progress)
@@ -79,14 +79,14 @@ def _fitted_layers(
     layers: Mapping[str, nn.Module],
     means: Mapping[str, Tensor],
     ctx: Context,
-) -> Iterator[tuple[str, QuantizedMatrix]]:
+) -> Iterator[QuantizedLayer]:
     reader = TensorFolder(folder)
     with ctx.progress.task("init-fdb", len(layers), unit="layers") as task:
         for name, module in layers.items():
             weight = reader.get(f"{name}.weight")
             require_finite(f"{name}.weight", weight)
             matrix = matrix_of(module, weight).to(ctx.device, torch.float32)
-            yield name, _quantize(name, matrix, config, means.get(name))
+            yield name, _quantize(name, matrix, config, means.get(name)), None
             task.advance()
 
 
@@ -103,20 +103,20 @@ def _write_tensors(
     config: InitFdbConfig,
     folder: Path,
     model: Model,
-    layers: Iterator[tuple[str, QuantizedMatrix]],
+    layers: Iterator[QuantizedLayer],
+    chosen: Collection[str],
     out: Path,
 ) -> None:
     reader, dtype = TensorFolder(folder), getattr(torch, config.dtype)
-    with ShardWriter(out) as writer:
-        done = set()
-        for layer, quantized in layers:
-            writer.add_all(layer_tensors(layer, quantized))
-            done.add(f"{layer}.weight")
+
+    def others() -> Iterator[tuple[str, Tensor]]:
         for name in module_tensor_names(model):
-            if name not in done:
+            if name.removesuffix(".weight") not in chosen:
                 tensor = reader.get(name)
                 require_finite(name, tensor)
-                writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    write_quantized(out, layers, others())
 
 
 def _write_files(folder: Path, out: Path, config: InitFdbConfig, kept: list[str]) -> None:

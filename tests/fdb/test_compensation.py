@@ -6,7 +6,7 @@ from torch import Tensor
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.compensation import quantize_compensated
 from dbllm_cli.fdb.fit import fit_scales
-from dbllm_cli.fdb.quantized import quantize_matrix
+from dbllm_cli.fdb.quantized import quantize_matrix, round_scales
 
 
 def _layer(inputs: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def test_the_output_is_nearer_than_that_of_weights_rounded_one_by_one(
     inputs: int, group_size: int
 ) -> None:
     matrix, tokens = _layer(inputs, 48)
-    compensated = quantize_compensated(matrix, tokens.T @ tokens, group_size)
+    compensated = quantize_compensated(matrix, tokens.T @ tokens, group_size).quantized
     alpha = fit_scales(matrix, group_size, "als", tokens.square().mean(0))
     plain = quantize_matrix(matrix, alpha, group_size)
     errors = [_output_error(q.dense(), matrix, tokens) for q in (compensated, plain)]
@@ -39,11 +39,47 @@ def test_the_output_is_nearer_than_that_of_weights_rounded_one_by_one(
 def test_inputs_that_do_not_follow_each_other_leave_nothing_to_compensate() -> None:
     matrix = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     importance = torch.linspace(0.1, 2, 64)
-    found = quantize_compensated(matrix, torch.diag(importance), 64)
+    found = quantize_compensated(matrix, torch.diag(importance), 64).quantized
     alpha = fit_scales(matrix, 64, "als", importance + 0.01 * importance.mean())
     plain = quantize_matrix(matrix, alpha, 64)
     weighted = [((q.dense() - matrix).square() * importance).sum() for q in (found, plain)]
     assert float(weighted[0]) == pytest.approx(float(weighted[1]), rel=0.02)
+
+
+def _compensated_columns(matrix: Tensor, gram: Tensor, alpha: Tensor) -> np.ndarray:
+    """What every column was when it was rounded, by least squares anew for each, in float64."""
+    root = np.linalg.cholesky(gram.double().numpy()).T
+    exact = matrix.double().numpy()
+    levels = alpha.double().numpy()
+    so_far, seen = exact.copy(), exact.copy()
+    for column in range(exact.shape[1]):
+        # The free columns take up what the rounded ones before them lack.
+        lacking = (exact[:, :column] - so_far[:, :column]) @ root[:, :column].T
+        free = np.linalg.lstsq(root[:, column:], lacking.T, rcond=None)[0].T
+        seen[:, column] = exact[:, column] + free[:, 0]
+        for row in range(len(exact)):
+            first, second = levels[:, row, 0]
+            values = np.array([0, first, second, first + second])
+            nearest = np.abs(values - seen[row, column]).argmin()
+            so_far[row, column] = values[nearest]
+    return seen
+
+
+def test_latent_weights_are_what_was_rounded_and_have_the_stored_codes() -> None:
+    matrix, tokens = _layer(24, 8)
+    gram = tokens.T @ tokens / len(tokens)
+    quantized, latent = quantize_compensated(matrix, gram, 24)
+    again = quantize_matrix(latent, quantized.alpha.float(), 24)
+    assert torch.equal(again.weight, quantized.weight)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(24)
+    inverse = np.linalg.inv(damped.double().numpy())
+    cost = 1 / np.square(np.diagonal(np.linalg.cholesky(inverse)))
+    alpha = round_scales(fit_scales(matrix, 24, "als", torch.from_numpy(cost).float()))
+    expected = _compensated_columns(matrix, damped, alpha)
+    apart = np.abs(latent.double().numpy() - expected)
+    # Some are drawn into their cells, whose borders moved when the scales were fitted once more.
+    assert (apart < 1e-4).mean() > 0.8
+    assert (np.abs(matrix.double().numpy() - expected) < 1e-4).mean() < 0.2
 
 
 def _best_scales(matrix: Tensor, planes: Tensor, gram: Tensor, group_size: int) -> np.ndarray:
@@ -66,7 +102,7 @@ def _best_scales(matrix: Tensor, planes: Tensor, gram: Tensor, group_size: int) 
 def test_no_other_scales_serve_the_planes_better() -> None:
     matrix, tokens = _layer(100, 12)
     gram = tokens.T @ tokens / len(tokens)
-    found = quantize_compensated(matrix, gram, 32)
+    found = quantize_compensated(matrix, gram, 32).quantized
     bits = np.unpackbits(found.weight.numpy(), axis=-1, bitorder="little")[..., :100]
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(100)
     best = _best_scales(matrix, torch.from_numpy(bits), damped, 32)
@@ -79,7 +115,7 @@ def test_no_other_scales_serve_the_planes_better() -> None:
 
 def test_scales_keep_their_signs_and_padding_is_zero() -> None:
     matrix, tokens = _layer(172, 20)
-    found = quantize_compensated(matrix, tokens.T @ tokens, 64)
+    found = quantize_compensated(matrix, tokens.T @ tokens, 64).quantized
     assert (found.alpha[0] >= 0).all()
     assert (found.alpha[1] <= 0).all()
     assert found.alpha.dtype == torch.float16
@@ -89,13 +125,15 @@ def test_scales_keep_their_signs_and_padding_is_zero() -> None:
 def test_an_input_that_is_always_zero_does_no_harm() -> None:
     matrix, tokens = _layer(64, 8)
     tokens[:, 5] = 0
-    found = quantize_compensated(matrix, tokens.T @ tokens, 64)
+    found = quantize_compensated(matrix, tokens.T @ tokens, 64).quantized
     assert found.dense().isfinite().all()
 
 
 def test_equal_inputs_give_equal_bytes() -> None:
     matrix, tokens = _layer(96, 40)
-    first, second = (quantize_compensated(matrix, tokens.T @ tokens, 32) for _ in range(2))
+    found = (quantize_compensated(matrix, tokens.T @ tokens, 32) for _ in range(2))
+    (first, latent), (second, same) = found
+    assert torch.equal(latent, same)
     assert torch.equal(first.weight, second.weight)
     assert torch.equal(first.alpha, second.alpha)
 
@@ -104,10 +142,10 @@ def test_equal_inputs_give_equal_bytes() -> None:
 def test_rows_of_zeros_or_beneath_float16_become_zeros(size: float) -> None:
     matrix, tokens = _layer(96, 8)
     matrix[2] *= size
-    found = quantize_compensated(matrix, tokens.T @ tokens, 32)
+    found = quantize_compensated(matrix, tokens.T @ tokens, 32).quantized
     assert not found.dense()[2].any()
     assert found.dense()[3].any()
-    assert not quantize_compensated(size * matrix, tokens.T @ tokens, 32).dense()[2].any()
+    assert not quantize_compensated(size * matrix, tokens.T @ tokens, 32).quantized.dense()[2].any()
 
 
 def test_inputs_that_are_not_finite_are_an_error_of_their_own() -> None:

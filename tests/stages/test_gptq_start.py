@@ -39,6 +39,20 @@ def test_every_blocks_output_is_nearer_to_the_teachers_than_after_als(
     assert all(own < 0.9 * other for own, other in zip(errors, plain, strict=True))
 
 
+def test_reconstruct_goes_on_from_the_compensated_weights(
+    workshop: Workshop, inputs: dict[str, Artifact], compensated: Artifact
+) -> None:
+    without = workshop.make("init-fdb", inputs, **GPTQ, keep_latents=False)
+    assert not list(without.path.glob("latents*"))
+    latents = load_file(compensated.path / "latents.safetensors")
+    assert latents.keys() == set(LAYERS)
+    errors = [
+        workshop.run("reconstruct", {**inputs, "student": student}, batch_size=3).metrics
+        for student in (compensated, without)
+    ]
+    assert errors[0]["mean_error"] < errors[1]["mean_error"]
+
+
 def test_the_errors_of_the_blocks_are_those_of_the_stored_model(
     workshop: Workshop, inputs: dict[str, Artifact], llama_folder: Path, calibration: Artifact
 ) -> None:

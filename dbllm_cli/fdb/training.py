@@ -122,7 +122,8 @@ class LatentLinear(TrainableLinear):
 
     def __init__(self, quantized: QuantizedMatrix, latent: Tensor, bias: Tensor | None) -> None:
         super().__init__(quantized, bias)
-        self.latent = nn.Parameter(latent.to(torch.float32))
+        # The fused optimizer goes through memory as if every parameter were contiguous.
+        self.latent = nn.Parameter(latent.to(torch.float32).contiguous())
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See `TrainableLinear.dense`."""

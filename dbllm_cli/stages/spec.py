@@ -104,7 +104,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "reconstruct",
-            2,
+            3,
             configs.ReconstructConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",
@@ -112,7 +112,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "distill",
-            2,
+            3,
             configs.DistillConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",

@@ -8,7 +8,7 @@ from torch import Tensor
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
 from dbllm_cli.fdb.quantized import quantize_matrix
-from dbllm_cli.fdb.training import LatentLinear, ScaleLinear, TrainableLinear
+from dbllm_cli.fdb.training import LatentLinear, ScaleLinear, TrainableLinear, latent_start
 
 LATENT_LR, SCALE_LR = 1.5e-2, 2e-3
 
@@ -59,6 +59,24 @@ def test_the_first_step_moves_each_layer_by_its_rate_relative_to_mean_alpha1() -
     expected = [0.5 * rate * size for size in sizes for rate in (SCALE_LR, LATENT_LR)]
     assert moves == pytest.approx(expected, rel=1e-2)
     assert sizes[1] / sizes[0] > 50
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_latent_weight_moves_against_its_own_gradient(transposed: bool) -> None:
+    # 20 inputs leave a short last group; Conv1D's matrix is a transposed view.
+    shape = (20, 16) if transposed else (16, 20)
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    matrix = matrix.t() if transposed else matrix
+    quantized = quantize_matrix(matrix, fit_scales(matrix, 8, "als"), 8)
+    layer = LatentLinear(quantized, latent_start(quantized, matrix), None)
+    optimizer = RelativeAdamW({"layer": layer}, LATENT_LR, SCALE_LR)
+    x = torch.randn(30, 20, generator=torch.Generator().manual_seed(1))
+    layer(x).square().mean().backward()
+    before, gradient = layer.latent.detach().clone(), layer.latent.grad
+    assert gradient is not None
+    signs = gradient.sign()
+    optimizer.step(1.0)
+    assert torch.equal((layer.latent.detach() - before).sign(), -signs)
 
 
 def test_a_step_brings_scales_back_to_their_signs_and_clears_gradients() -> None:

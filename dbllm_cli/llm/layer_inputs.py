@@ -1,7 +1,7 @@
 """What the linear layers of one decoder block get as inputs."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -42,47 +42,47 @@ def layers_by_input(
     return shared
 
 
+class _Reached(Exception):  # noqa: N818
+    """The layer has its input: the rest of the block need not run."""
+
+
 @torch.no_grad()
 def weighted_gram(
-    block: nn.Module,
     layer: nn.Module,
     in_features: int,
     token_weights: Sequence[Tensor],
-    run: Callable[[], object],
+    batches: Iterable[Tensor],
+    run: Callable[[Tensor], object],
 ) -> Tensor:
     """XᵀX of a layer's inputs, float32 `[in, in]`, tokens weighted.
 
     Args:
-        block: the decoder block, called once a batch.
-        layer: a layer of it.
+        layer: a layer of a decoder block.
         in_features: inputs of the layer.
         token_weights: of each batch `[batch, tokens]`, on the device of the inputs; ignored where
             the layer does not get every token.
-        run: runs the block on all batches in that order.
+        batches: hidden states that enter the block `[batch, tokens, hidden]`.
+        run: runs the block on a batch; it is left as soon as the layer is reached.
     """
     device = token_weights[0].device
     gram = torch.zeros(in_features, in_features, device=device)
-    batches = iter(token_weights)
-    weights = token_weights[0]
-
-    def begin(module: nn.Module, args: Any) -> None:
-        nonlocal weights
-        del module, args
-        weights = next(batches)
+    own = token_weights[0]
 
     def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         del module
-        x, own = args[0].to(torch.float32).flatten(0, -2), weights.flatten()
-        if len(x) == len(own):
-            x = x * own.sqrt().unsqueeze(-1)
+        x = args[0].to(torch.float32).flatten(0, -2)
+        if len(x) == own.numel():
+            x = x * own.flatten().sqrt().unsqueeze(-1)
         # Under autocast the sums would be bfloat16.
         with torch.autocast(device.type, enabled=False):
             gram.addmm_(x.T, x)
+        raise _Reached
 
-    handles = [block.register_forward_pre_hook(begin), layer.register_forward_pre_hook(add)]
+    handle = layer.register_forward_pre_hook(add)
     try:
-        run()
+        for own, batch in zip(token_weights, batches, strict=True):  # noqa: B007
+            with suppress(_Reached):
+                run(batch)
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     return gram

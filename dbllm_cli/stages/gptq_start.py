@@ -118,16 +118,16 @@ class GptqStart:
         """
         prefix, size = self.model.blocks.name(index), self.config.batch_size
         names = [name for name, _ in block.named_modules() if f"{prefix}.{name}" in self.names]
-        batches = [part.to(self.ctx.device) for part in token_weights(targets).split(size)]
+        weights = [part.to(self.ctx.device) for part in token_weights(targets).split(size)]
         layers: dict[str, Compensated] = {}
         for together in self._in_order(index, block, names, entering[:size]):
             layer = block.get_submodule(together[0])
             gram = weighted_gram(
-                block,
                 layer,
                 layer_shape(layer)[0],
-                batches,
-                lambda: self.model.run_all(index, block, entering, size),
+                weights,
+                entering.split(size),
+                lambda batch: self.model.run_block(index, block, batch.to(self.ctx.device)),
             )
             for name in together:
                 module = block.get_submodule(name)

@@ -34,9 +34,7 @@ def test_tokens_count_by_their_weights() -> None:
     block = _Block()
     batches = [torch.randn(2, 3, 4), torch.randn(1, 3, 4)]
     weights = [torch.rand(2, 3), torch.rand(1, 3)]
-    gram = weighted_gram(
-        block, block.second, 4, weights, lambda: [block(batch) for batch in batches]
-    )
+    gram = weighted_gram(block.second, 4, weights, batches, block)
     expected = torch.zeros(4, 4, dtype=torch.float64)
     for batch, own in zip(batches, weights, strict=True):
         for x, weight in zip(batch.reshape(-1, 4), own.flatten(), strict=True):
@@ -48,7 +46,15 @@ def test_a_layer_that_misses_a_batch_keeps_to_the_weights_of_the_others() -> Non
     block = _Block()
     batches = [torch.randn(1, 2, 4), torch.randn(1, 3, 4)]
     weights = [torch.full((1, 2), 100.0), torch.ones(1, 3)]
-    gram = weighted_gram(block, block.rare, 4, weights, lambda: [block(b) for b in batches])
+    gram = weighted_gram(block.rare, 4, weights, batches, block)
     inner = block.first(batches[1]) + block.second(batches[1])
     expected = inner.detach().reshape(-1, 4).T @ inner.detach().reshape(-1, 4)
     assert torch.allclose(gram, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_block_runs_no_further_than_the_layer() -> None:
+    block = _Block()
+    block.late = None  # type: ignore[assignment]
+    gram = weighted_gram(block.rare, 4, [torch.ones(1, 3)], [torch.randn(1, 3, 4)], block)
+    assert gram.any()
+    assert not block.rare._forward_pre_hooks

@@ -36,11 +36,13 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Met
     if student.scale_format == "tied" and config.scales != "float16":
         raise ConfigError("tied scales have no float8 form", "leave out --scales float8")
     copy_other_files(student.folder, ctx.out)
-    names = student.tensors.names()
+    count = len(student.tensors.names())
+    if config.scales == "float8":
+        count += len(student.layer_names())
     total = 0
     with (
         ShardWriter(ctx.out, shard_bytes=config.shard_size * 1e9) as writer,
-        ctx.progress.task("pack", len(names), unit="tensors") as task,
+        ctx.progress.task("pack", count, unit="tensors") as task,
     ):
         for name, tensor in _tensors(config, student, ctx):
             writer.add(name, tensor)

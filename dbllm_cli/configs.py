@@ -208,8 +208,8 @@ class PackConfig(StageConfig):
     )
     scales: Literal["float16", "float8"] = Field(
         "float16",
-        description="float8: scales in 8 bits, with one float16 per row: 2.25 bits a weight at "
-        "group size 64, 2.5 at 32",
+        description="float8: scales in 8 bits: 2.25 bits a weight at group size 64, 2.5 at 32, and "
+        "16 bits per row",
     )
     shard_size: float = Field(5.0, gt=0, description="largest shard, in 10^9 bytes")
 

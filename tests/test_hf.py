@@ -130,3 +130,12 @@ def test_a_newer_format_is_refused(packed: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="packed format 3 is newer"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_an_unknown_format_of_scales_is_refused(packed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(packed, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["scale_format"] = "float6"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="scales in the format float6 are not known"):
+        AutoModelForCausalLM.from_pretrained(folder)

@@ -36,8 +36,8 @@ class FdbLinear(nn.Module):
     stay float16 when the model is cast, so that a cast never changes a weight.
 
     `alpha` is read and saved in `scale_format` (`fdb.scales`): `float8` codes, uint8, beside
-    `row_scale` float16 `[out]`, or `tied`, float16 `[1, out, groups]`. `decode_scales` makes pairs
-    of float16 of them.
+    `row_scale` float16 `[out]`, or `tied`, float16 `[1, out, groups]`. Until `expand_scales` makes
+    pairs of float16 of them every call does.
 
     `use_cpu_kernels` replaces planes and scales by one buffer `tiles` in the layout of the compiled
     kernels; what is saved, read or moved to another device is planes and scales again.
@@ -89,9 +89,10 @@ class FdbLinear(nn.Module):
         dtype = torch.uint8 if self.scale_format == "float8" else torch.float16
         return torch.empty(pair, self.out_features, groups, dtype=dtype, device=device)
 
-    def decode_scales(self) -> None:
+    def expand_scales(self) -> None:
         """Make pairs of float16 of stored scales, once instead of at every call."""
-        if self.tiles is None:
+        # Offloaded buffers come back as they are stored.
+        if self.tiles is None and self.alpha is not None and not self.alpha.is_meta:
             _, self.alpha = self._planes()
 
     def use_cpu_kernels(self) -> None:
@@ -158,13 +159,16 @@ class FdbLinear(nn.Module):
             alpha = join_tied(alpha)
         destination[f"{prefix}weight"], destination[f"{prefix}alpha"] = weight, alpha
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         tiled = self.tiles is not None
         self._leave_cpu_kernels()
-        if self.scale_format != "float16":
+        if f"{prefix}alpha" in state_dict:
             assert self.alpha is not None
             self.alpha = self._empty_scales(self.alpha.device)
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.expand_scales()
         if tiled:
             self.use_cpu_kernels()
 
@@ -196,4 +200,5 @@ class FdbLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
+        shape = f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
+        return shape if self.scale_format == "float16" else f"{shape}, {self.scale_format} scales"

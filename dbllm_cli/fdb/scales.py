@@ -35,7 +35,8 @@ def encode_scales(alpha: Tensor, row_scale: Tensor | None = None) -> tuple[Tenso
     Args:
         alpha: float16 `[2, out, groups]`, `alpha2 <= 0 <= alpha1`.
         row_scale: float16 `[out]`, what the codes of a row are shares of; its largest scale when
-            absent. With the row scales that they were decoded by, codes come back unchanged.
+            absent. With the row scales that they were decoded by, codes come back that stand for
+            the same scales.
 
     Returns:
         Codes uint8 `[2, out, groups]` and row scales float16 `[out]`.

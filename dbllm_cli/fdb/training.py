@@ -93,8 +93,19 @@ class TrainableLinear(nn.Module):
         self.group_size = quantized.group_size
         self.tied = quantized.tied
         self.alpha = nn.Parameter(quantized.alpha.to(torch.float32))
+        if self.tied:
+            self.alpha.register_hook(self._tied_gradient)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def _tied_gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of the step, handed to both scales: apart they would pull it astray."""
+        ones = torch.ones_like(self.alpha[0])
+        upright = self.alpha[0] + self.alpha[1] >= 0
+        units = torch.stack(
+            (torch.where(upright, 2 * ones, ones), torch.where(upright, -ones, -2 * ones))
+        )
+        return units * (units * grad).sum(0)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix `[out, in]`, with gradients."""

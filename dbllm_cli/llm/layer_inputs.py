@@ -54,7 +54,7 @@ def weighted_gram(
     batches: Iterable[Tensor],
     run: Callable[[Tensor], object],
 ) -> Tensor:
-    """XᵀX of a layer's inputs, float32 `[in, in]`, tokens weighted.
+    """XᵀX of a layer's inputs, float32 `[in, in]`, tokens weighted; of its first call in a block.
 
     Args:
         layer: a layer of a decoder block.

@@ -7,7 +7,7 @@ float16 `[out]`; `tied` float16 `[1, out, groups]`. Every other tensor has the m
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +84,19 @@ class PackedFolder:
         out_features = weight.shape[1]
         groups = group_count(in_features, self.group_size)
         fits = weight.shape == (2, out_features, -(-in_features // 8))
-        tied = self.scale_format == "tied"
-        if not fits or alpha.shape != (1 if tied else 2, out_features, groups):
+        tied, coded = self.scale_format == "tied", self.scale_format == "float8"
+        fits &= alpha.shape == (1 if tied else 2, out_features, groups)
+        fits &= (alpha.dtype == torch.uint8) == coded
+        if not fits or (coded and f"{name}{_ROW_SCALE}" not in self.tensors):
             raise ArtifactCorruptError(
                 f"layer {name} of {self.folder} has planes {tuple(weight.shape)} and scales "
-                f"{tuple(alpha.shape)}, which do not fit {in_features} inputs",
+                f"{tuple(alpha.shape)} of {alpha.dtype}, which do not fit {in_features} inputs "
+                f"and {self.scale_format} scales",
                 "make the artifact again",
             )
         if tied:
             alpha = split_tied(alpha)
-        if self.scale_format == "float8":
+        if coded:
             alpha = decode_scales(alpha, self.tensors.get(f"{name}{_ROW_SCALE}"))
         return QuantizedMatrix(weight, alpha, in_features, self.group_size, tied)
 
@@ -244,13 +247,16 @@ def int8_embedding_tensors(
         yield name, quantize_rows(tensor) if name in names else tensor
 
 
-def coded_scale_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, scales in 8 bits (`fdb.scales`)."""
+def coded_scale_tensors(
+    tensors: Iterable[tuple[str, Tensor]], layers: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, the scales of the layers in 8 bits (`fdb.scales`)."""
     for name, tensor in tensors:
-        if _is_alpha(name):
+        layer = name.removesuffix(".alpha")
+        if _is_alpha(name) and layer in layers:
             codes, row_scale = encode_scales(tensor)
             yield name, codes
-            yield name.removesuffix(".alpha") + _ROW_SCALE, row_scale
+            yield layer + _ROW_SCALE, row_scale
         else:
             yield name, tensor
 

@@ -1,6 +1,6 @@
 """How transformers loads a packed model: `quant_method: dbllm`."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -51,6 +51,8 @@ class DbllmConfig(QuantizationConfigMixin):
         del kwargs
         if embedding_bits not in (None, 8):
             raise ValueError(f"embeddings in {embedding_bits} bits are not known here: 8 or none")
+        if scale_format not in (None, *get_args(ScaleFormat)):
+            raise ValueError(f"scales in the format {scale_format} are not known here")
         if format_version > NEWEST_FORMAT:
             raise NewerFormatError(
                 f"packed format {format_version} is newer than the {NEWEST_FORMAT} read here: "
@@ -92,7 +94,7 @@ class DbllmQuantizer(HfQuantizer):
         del kwargs
         packed = [module for module in model.modules() if isinstance(module, FdbLinear)]
         for module in packed:
-            module.decode_scales()
+            module.expand_scales()
         # A layer that is offloaded from a GPU comes back to it at every call.
         devices = (getattr(model, "hf_device_map", None) or {"": "cpu"}).values()
         if {str(device) for device in devices} == {"cpu"}:

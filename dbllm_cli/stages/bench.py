@@ -11,7 +11,7 @@ import torch
 
 from dbllm_cli.configs import BenchConfig
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.fdb.quantized import count_planes, stored_bits
+from dbllm_cli.fdb.quantized import count_planes
 from dbllm_cli.kernels import REFERENCE, cpu_kernels, has_gpu_kernel
 from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import Model, load_model, model_folder, require_positions
@@ -159,11 +159,17 @@ def _device_name(device: str) -> str:
 
 
 def _accounting(model: Model) -> dict[str, float]:
-    layers = [layer.quantized for _, layer in packed_layers(model)]
-    counts = reduce(add, (count_planes(layer) for layer in layers))
+    layers = [layer for _, layer in packed_layers(model)]
+    counts = reduce(add, (count_planes(layer.quantized) for layer in layers))
+    bits = sum(
+        tensor.numel() * tensor.element_size() * 8
+        for layer in layers
+        for name, tensor in layer.state_dict().items()
+        if name != "bias"
+    )
     return {
         "quantized_weights": counts.weights,
-        "bits_per_quantized_weight": round(sum(map(stored_bits, layers)) / counts.weights, 6),
+        "bits_per_quantized_weight": round(bits / counts.weights, 6),
         "level_entropy_bits": round(counts.level_entropy, 6),
         "zeros_b1": round(1 - counts.ones_b1 / counts.weights, 6),
         "zeros_b2": round(1 - counts.ones_b2 / counts.weights, 6),

@@ -62,9 +62,11 @@ def _embeddings(kind: str) -> list[str]:
 
 
 def _scales(kind: str) -> list[str]:
-    if kind == "float16":
-        return []
-    return ["- scales in 8 bits; the figures of an fdb are from before that"]
+    notes = {
+        "float8": "- scales in 8 bits; the figures of an fdb are from before that",
+        "tied": "- one scale per group, levels -d, 0, d and 2d",
+    }
+    return [notes[kind]] if kind in notes else []
 
 
 def _how_to_load(format_name: str) -> list[str]:

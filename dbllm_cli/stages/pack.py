@@ -56,7 +56,7 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Met
     metrics: Metrics = {
         "format": config.format,
         "embeddings": config.embeddings,
-        "scales": config.scales,
+        "scales": "tied" if student.scale_format == "tied" else config.scales,
         "weight_bytes": total,
         **sizes,
     }
@@ -73,7 +73,9 @@ def _tensors(
     tensors = student.tensors.items()
     if config.embeddings == "int8":
         tensors = int8_embedding_tensors(student, ctx.trust_remote_code)
-    return coded_scale_tensors(tensors) if config.scales == "float8" else tensors
+    if config.scales == "float8":
+        return coded_scale_tensors(tensors, set(student.layer_names()))
+    return tensors
 
 
 def _drop_quantization_config(ctx: Context) -> None:

@@ -102,7 +102,8 @@ def test_a_layer_runs_on_stored_scales_and_saves_what_it_read(
     plain.load_state_dict({"weight": stored["weight"], "alpha": alpha})
     x = torch.randn(3, 172, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(layer(x), plain(x), rtol=1e-3, atol=1e-3)
-    layer.load_state_dict(stored)
+    layer.load_state_dict({}, strict=False)
+    assert torch.allclose(layer(x), plain(x), rtol=1e-3, atol=1e-3)
     again = layer.state_dict()
     assert again.keys() == stored.keys()
     for name, tensor in stored.items():

@@ -79,6 +79,31 @@ def test_every_latent_weight_moves_against_its_own_gradient(transposed: bool) ->
     assert torch.equal((layer.latent.detach() - before).sign(), -signs)
 
 
+def test_tied_scales_move_together_against_the_gradient_of_their_step() -> None:
+    matrix = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    quantized = quantize_matrix(matrix, fit_scales(matrix, 8, "als", tied=True), 8, tied=True)
+    layer = ScaleLinear(quantized, None)
+    optimizer = RelativeAdamW({"layer": layer}, LATENT_LR, SCALE_LR)
+    x = torch.randn(30, 64, generator=torch.Generator().manual_seed(1))
+    target = torch.randn(30, 64, generator=torch.Generator().manual_seed(2))
+    before = layer.alpha.detach().clone()
+    (layer(x) - target).square().mean().backward()
+
+    def loss(factor: Tensor) -> Tensor:
+        planes = ScaleLinear(quantized, None)
+        planes.alpha.requires_grad_(False).copy_(before)
+        dense = planes.dense(torch.float32).detach().unflatten(1, (8, 8)) * factor.unsqueeze(-1)
+        return (x @ dense.flatten(1).t() - target).square().mean()
+
+    factor = torch.ones(64, 8, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(factor), factor)
+    optimizer.step(1.0)
+    sizes = layer.alpha.detach().abs()
+    assert torch.allclose(sizes.amax(0), 2 * sizes.amin(0), rtol=1e-5)
+    grown = (sizes.amax(0) - before.abs().amax(0)).sign()
+    assert torch.equal(grown, -slope.sign())
+
+
 def test_a_step_brings_scales_back_to_their_signs_and_clears_gradients() -> None:
     layers = _layers((1.0,))
     optimizer = RelativeAdamW(layers, LATENT_LR, 100.0)

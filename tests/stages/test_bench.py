@@ -112,6 +112,16 @@ def test_the_accounting_counts_ones_zeros_and_levels(outcome: Outcome, packed: A
     assert accounting["level_entropy_bits"] == pytest.approx(entropy, abs=1e-4)
 
 
+@pytest.mark.parametrize("scales", ["float16", "float8"])
+def test_the_bits_per_weight_are_those_that_pack_tells(
+    workshop: Workshop, llama: Artifact, start: Artifact, without_memory: None, scales: str
+) -> None:
+    pack = workshop.run("pack", {"fdb": start}, scales=scales)
+    outcome = workshop.run("bench", {"model": llama, "packed": pack.artifact}, **SHORT)
+    told = outcome.metrics["accounting"]["bits_per_quantized_weight"]
+    assert told == pack.metrics["bits_per_quantized_weight"]
+
+
 def test_it_measures_every_time(
     workshop: Workshop, llama: Artifact, packed: Artifact, without_memory: None
 ) -> None:

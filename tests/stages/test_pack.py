@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dbllm_cli.configs import PackConfig
-from dbllm_cli.errors import ConfigError
+from dbllm_cli.errors import ArtifactCorruptError, ConfigError
 from dbllm_cli.llm.models import load_model
+from dbllm_cli.llm.packed import PackedFolder
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
 from tests.tiny_models import dequantized, save_model
@@ -184,7 +185,9 @@ def test_tied_scales_stay_tied_through_training_and_are_packed_as_one(
     assert all(block["error_before"] < 0.5 for block in reconstructed.metrics["blocks"])
     trained = reconstructed.artifact
     for train in ("scales", "weights"):
-        distilled = workshop.make("distill", {**training, "student": trained}, steps=3, train=train)
+        distilled = workshop.make(
+            "distill", {**training, "student": trained}, steps=12, train=train
+        )
         outcome = workshop.run("pack", {"fdb": distilled})
         before, after = tensors_of(trained), tensors_of(outcome.artifact)
         steps = {name: tensor for name, tensor in after.items() if name.endswith(".alpha")}
@@ -201,6 +204,19 @@ def test_tied_scales_stay_tied_through_training_and_are_packed_as_one(
     assert torch.equal(packed, fdb)
     with pytest.raises(ConfigError, match="no float8 form"):
         workshop.make("pack", {"fdb": distilled}, scales="float8")
+
+
+def test_codes_where_the_configuration_tells_of_float16_are_refused(
+    workshop: Workshop, start: Artifact, tmp_path: Path
+) -> None:
+    small = workshop.make("pack", {"fdb": start}, scales="float8")
+    folder = shutil.copytree(small.path, tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["scale_format"]
+    (folder / "config.json").write_text(json.dumps(config))
+    name = PackedFolder(folder).layer_names()[0]
+    with pytest.raises(ArtifactCorruptError, match="do not fit 64 inputs and float16 scales"):
+        PackedFolder(folder).layer(name, 64)
 
 
 @pytest.mark.parametrize(("setting", "value"), [("embeddings", "int8"), ("scales", "float8")])

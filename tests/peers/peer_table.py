@@ -111,9 +111,9 @@ def _digests(inputs: dict[str, str | list[str]]) -> list[str]:
 
 def evaluated(path: Path, text: str, options: argparse.Namespace) -> EvalResult:
     file, _, documents = text.partition(":")
-    command = ["eval-ppl", str(path), "--text", file, "--reading", "raw"]
+    command = ["eval-ppl", str(path), "--text", file]
+    command += ["--documents", documents] if documents else ["--reading", "raw"]
     command += ["--sequence-length", "1024", "--compute-dtype", options.compute_dtype]
-    command += ["--documents", documents] if documents else []
     command += ["--max-windows", str(options.max_windows)] if options.max_windows else []
     return EvalResult.read(artifact(command, options))
 

@@ -94,12 +94,11 @@ def our_figures(path: Path) -> dict[str, float]:
             made[digest] = by_digest[digest]
             waiting += _digests(by_digest[digest]["lineage"]["inputs"])
     steps = [manifest["provenance"] for manifest in made.values()]
-    layers = json.loads((path / "layers.json").read_text())
     metrics = json.loads((path / "metrics.json").read_text())
-    bits = sum(layer["bits_per_weight"] * layer["weights"] for layer in layers.values())
-    weights = sum(layer["weights"] for layer in layers.values())
+    # pack and the stages before it each have a name of their own for it.
+    bits = metrics.get("bits_per_quantized_weight", metrics.get("bits_per_weight"))
     return {
-        "bits": metrics.get("bits_per_quantized_weight", bits / weights),
+        "bits": bits,
         "seconds": sum(step["seconds"] * step["threads"] for step in steps),
         "peak_gib": max(step["peak_memory_mib"] for step in steps) / 1024,
     }

@@ -13,10 +13,11 @@ from torch.nn.functional import pad
 
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.fit import fit_scales
-from dbllm_cli.fdb.groups import from_groups, group_count, to_groups
-from dbllm_cli.fdb.levels import assign_planes, clamp_to_cells, project_signs
+from dbllm_cli.fdb.groups import group_count, to_groups
+from dbllm_cli.fdb.levels import assign_planes, project_signs
 from dbllm_cli.fdb.packing import pack_planes
 from dbllm_cli.fdb.quantized import QuantizedMatrix, round_scales
+from dbllm_cli.fdb.training import latent_start
 
 _DAMPING = 0.01
 """Added to the diagonal of XᵀX, as a share of its mean."""
@@ -55,10 +56,7 @@ def quantize_compensated(matrix: Tensor, gram: Tensor, group_size: int) -> Compe
     planes, alpha, rounded = _round_columns(matrix, _inverse_root(damped), group_size)
     alpha = _refit_scales(matrix, damped, planes, alpha, group_size)
     quantized = QuantizedMatrix(pack_planes(planes), alpha, matrix.shape[-1], group_size)
-    b1, b2 = to_groups(planes, group_size)
-    alpha1, alpha2 = alpha.to(torch.float32).unsqueeze(-1)
-    latent = clamp_to_cells(to_groups(rounded, group_size), b1, b2, alpha1, alpha2)
-    return Compensated(quantized, from_groups(latent, matrix.shape[-1]))
+    return Compensated(quantized, latent_start(quantized, rounded))
 
 
 def _damp(gram: Tensor) -> Tensor:

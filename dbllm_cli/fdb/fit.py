@@ -4,11 +4,15 @@ Errors are weighted by the mean square of each input, the diagonal of XᵀX, so 
 the error of the layer's output.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from dbllm_cli.fdb.groups import to_groups
 from dbllm_cli.fdb.levels import assign_planes, nearest_level, project_signs, sorted_levels
+from dbllm_cli.fdb.scales import tied_units
 
 _GRID = torch.linspace(0.20, 1.05, 35)
 """Steps tried by `mse`, as shares of max|w| / 2."""
@@ -37,8 +41,12 @@ def fit_scales(
     Returns:
         alpha1 and alpha2, float32 `[2, out, groups]`.
     """
-    als = _fit_tied_als if tied else _fit_als
-    fit = {"paper": _fit_paper, "mse": _fit_mse, "als": als}[method]
+    fits: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+        "paper": _fit_paper,
+        "mse": _fit_mse,
+        "als": partial(_fit_als, tied=tied),
+    }
+    fit = fits[method]
     if input_weights is None:
         input_weights = torch.ones(matrix.shape[-1], device=matrix.device)
     importance = to_groups(input_weights.to(torch.float32), group_size)
@@ -96,36 +104,29 @@ def _fit_mse(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     return _search_step(grouped, importance)[:2]
 
 
-def _fit_als(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_als(grouped: Tensor, importance: Tensor, tied: bool) -> tuple[Tensor, Tensor]:
     best = _search_step(grouped, importance)
     for _ in range(_ALTERNATIONS):
         b1, b2 = assign_planes(grouped, best[0], best[1])
-        alpha1, alpha2 = least_squares_scales(grouped, importance, b1, b2)
-        error = _weighted_error(grouped, importance, alpha1, alpha2)
-        best = _better(best, (alpha1, alpha2, error))
-    return best[:2]
-
-
-def _fit_tied_als(grouped: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    best = _search_step(grouped, importance)
-    for _ in range(_ALTERNATIONS):
-        b1, b2 = assign_planes(grouped, best[0], best[1])
-        alpha1, alpha2 = _least_squares_step(grouped, importance, b1, b2, best[0] >= -best[1])
+        if tied:
+            units = tied_units(best[0] + best[1] >= 0)
+            alpha1, alpha2 = _least_squares_step(grouped, importance, b1, b2, units)
+        else:
+            alpha1, alpha2 = least_squares_scales(grouped, importance, b1, b2)
         error = _weighted_error(grouped, importance, alpha1, alpha2)
         best = _better(best, (alpha1, alpha2, error))
     return best[:2]
 
 
 def _least_squares_step(
-    grouped: Tensor, importance: Tensor, b1: Tensor, b2: Tensor, upright: Tensor
+    grouped: Tensor, importance: Tensor, b1: Tensor, b2: Tensor, units: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """The tied scales with the least weighted square error for given planes and orientation."""
-    first, second = torch.where(upright, 2.0, 1.0), torch.where(upright, -1.0, -2.0)
-    unit = first * b1 + second * b2
+    unit = units[0] * b1 + units[1] * b2
     weighted = unit * importance
     size = (weighted * unit).sum(-1, keepdim=True)
     step = (weighted * grouped).sum(-1, keepdim=True) / torch.where(size > 0, size, 1.0)
-    return project_signs(first * step, second * step)
+    return project_signs(units[0] * step, units[1] * step)
 
 
 def least_squares_scales(

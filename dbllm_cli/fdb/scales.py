@@ -57,6 +57,11 @@ def decode_scales(codes: Tensor, row_scale: Tensor) -> Tensor:
     return (sizes * signs).to(torch.float16)
 
 
+def tied_units(upright: Tensor) -> tuple[Tensor, Tensor]:
+    """What alpha1 and alpha2 are in steps: 2 and −1 where upright, else 1 and −2."""
+    return torch.where(upright, 2.0, 1.0), torch.where(upright, -1.0, -2.0)
+
+
 def tie_scales(alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest scales of which the larger is twice the smaller.
 
@@ -64,9 +69,9 @@ def tie_scales(alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
         alpha1: not negative, any shape.
         alpha2: not positive, the same shape.
     """
-    upright = alpha1 + alpha2 >= 0
-    step = torch.where(upright, 2 * alpha1 - alpha2, alpha1 - 2 * alpha2) / 5
-    return torch.where(upright, 2 * step, step), -torch.where(upright, step, 2 * step)
+    unit1, unit2 = tied_units(alpha1 + alpha2 >= 0)
+    step = (unit1 * alpha1 + unit2 * alpha2) / 5
+    return unit1 * step, unit2 * step
 
 
 def join_tied(alpha: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from dbllm_cli.fdb.levels import (
 )
 from dbllm_cli.fdb.linear import autocast_input
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix, round_scales
-from dbllm_cli.fdb.scales import tie_scales
+from dbllm_cli.fdb.scales import tie_scales, tied_units
 from dbllm_cli.kernels import can_round_latents, latent_gradients, latent_levels, unpack_planes
 
 
@@ -100,11 +100,7 @@ class TrainableLinear(nn.Module):
 
     def _tied_gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the step, handed to both scales: apart they would pull it astray."""
-        ones = torch.ones_like(self.alpha[0])
-        upright = self.alpha[0] + self.alpha[1] >= 0
-        units = torch.stack(
-            (torch.where(upright, 2 * ones, ones), torch.where(upright, -ones, -2 * ones))
-        )
+        units = torch.stack(tied_units(self.alpha[0] + self.alpha[1] >= 0))
         return units * (units * grad).sum(0)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -174,7 +170,7 @@ def latent_start(quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
 
     Args:
         quantized: stored planes and scales.
-        teacher: full-precision weights `[out, in]`.
+        teacher: full-precision weights `[out, in]`, or gptq's compensated ones.
 
     Returns:
         float32 `[out, in]`, with the same planes as `quantized`.

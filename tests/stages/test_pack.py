@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dbllm_cli.configs import PackConfig
 from dbllm_cli.errors import ArtifactCorruptError, ConfigError
@@ -28,6 +28,22 @@ def packed(workshop: Workshop, start: Artifact) -> Artifact:
 def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
     files = sorted(artifact.path.glob("model*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def size_of(artifact: Artifact) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors_of(artifact).values())
+
+
+def change_of_logits(plain: PreTrainedModel, small: PreTrainedModel, again: Path) -> float:
+    """How far one model's logits are from another's; saved to a folder and read they are equal."""
+    small.save_pretrained(again)
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        expected, logits, repeated = (
+            m(input_ids=ids).logits for m in (plain, small, load_model(again, torch.float32))
+        )
+    assert torch.equal(logits, repeated)
+    return float((logits - expected).norm() / expected.norm())
 
 
 def header_size(file: Path) -> int:
@@ -126,17 +142,10 @@ def test_embeddings_in_8_bits_load_and_save_and_change_the_logits_little(
     fdb = workshop.make("init-fdb", {"model": model}, method="mse")
     kept = workshop.make("pack", {"fdb": fdb})
     small = workshop.run("pack", {"fdb": fdb}, embeddings="int8")
-    sizes = [sum(t.numel() * t.element_size() for t in tensors_of(a).values())
-             for a in (kept, small.artifact)]  # fmt: skip
+    sizes = [size_of(a) for a in (kept, small.artifact)]
     assert small.metrics["weight_bytes"] == sizes[1] < 0.75 * sizes[0]
-    ids = torch.arange(12).unsqueeze(0)
     plain, loaded = (load_model(a.path, torch.float32) for a in (kept, small.artifact))
-    loaded.save_pretrained(tmp_path / "again")
-    again = load_model(tmp_path / "again", torch.float32)
-    with torch.no_grad():
-        expected, logits, repeated = (m(input_ids=ids).logits for m in (plain, loaded, again))
-    assert torch.equal(logits, repeated)
-    assert 0 < (logits - expected).norm() / expected.norm() < 0.05
+    assert 0 < change_of_logits(plain, loaded, tmp_path / "again") < 0.05
     tied = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     assert tied == plain.config.tie_word_embeddings
 
@@ -150,23 +159,14 @@ def test_scales_in_8_bits_load_and_save_and_change_the_logits_little(
     fdb = workshop.make("init-fdb", {"model": model}, method="als", group_size=16)
     plain = workshop.run("pack", {"fdb": fdb}, embeddings=embeddings)
     small = workshop.run("pack", {"fdb": fdb}, embeddings=embeddings, scales="float8")
-    sizes = [sum(t.numel() * t.element_size() for t in tensors_of(run.artifact).values())
-             for run in (plain, small)]  # fmt: skip
+    sizes = [size_of(run.artifact) for run in (plain, small)]
     assert small.metrics["weight_bytes"] == sizes[1] < sizes[0]
     weights = small.metrics["quantized_weights"]
     saved = (plain.metrics["bits_per_quantized_weight"]
              - small.metrics["bits_per_quantized_weight"]) * weights / 8  # fmt: skip
     assert saved == pytest.approx(sizes[0] - sizes[1], abs=0.01 * saved)
-    ids = torch.arange(12).unsqueeze(0)
-    expected_from, loaded = (load_model(r.artifact.path, torch.float32) for r in (plain, small))
-    loaded.save_pretrained(tmp_path / "again")
-    again = load_model(tmp_path / "again", torch.float32)
-    with torch.no_grad():
-        expected, logits, repeated = (
-            m(input_ids=ids).logits for m in (expected_from, loaded, again)
-        )
-    assert torch.equal(logits, repeated)
-    assert 0 < (logits - expected).norm() / expected.norm() < 0.04
+    models = (load_model(run.artifact.path, torch.float32) for run in (plain, small))
+    assert 0 < change_of_logits(*models, tmp_path / "again") < 0.04
     stored = load_file(small.artifact.path / "model.safetensors")
     kept = load_file(tmp_path / "again" / "model.safetensors")
     codes = [name for name in stored if name.endswith((".alpha", ".row_scale"))]

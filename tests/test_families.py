@@ -44,7 +44,7 @@ def built_by_hand(source: Path, packed: Path) -> PreTrainedModel:
                 continue
             transposed = isinstance(modules[layer], Conv1D)
             in_features = parameter.shape[0 if transposed else 1]
-            dense = dequantized(tensors[name], tensors[f"{layer}.alpha"], in_features)
+            dense = dequantized(tensors, layer, in_features)
             parameter.copy_(dense.t() if transposed else dense)
     return model
 
@@ -146,7 +146,9 @@ def test_fused_experts_are_refused_by_name(workshop: Workshop, mixture: Artifact
 def test_fused_experts_stay_in_full_precision_when_told_to(
     workshop: Workshop, mixture: Artifact
 ) -> None:
-    fdb = workshop.make("init-fdb", {"model": mixture}, method="mse", exclude=("*experts*",))
+    fdb = workshop.make(
+        "init-fdb", {"model": mixture}, method="mse", levels="plain", exclude=("*experts*",)
+    )
     packed = workshop.make("pack", {"fdb": fdb})
     loaded = logits_of(AutoModelForCausalLM.from_pretrained(packed.path, dtype=torch.float32))
     by_hand = AutoModelForCausalLM.from_pretrained(mixture.path, dtype=torch.float32)
@@ -154,10 +156,10 @@ def test_fused_experts_stay_in_full_precision_when_told_to(
     with torch.no_grad():
         for name, parameter in by_hand.named_parameters():
             layer = name.removesuffix(".weight")
-            alpha = tensors.get(f"{layer}.alpha")
+            packed_layer = f"{layer}.alpha" in tensors
             parameter.copy_(
-                parameter.bfloat16()
-                if alpha is None
-                else dequantized(tensors[name], alpha, parameter.shape[1])
+                dequantized(tensors, layer, parameter.shape[1])
+                if packed_layer
+                else parameter.bfloat16()
             )
     torch.testing.assert_close(loaded, logits_of(by_hand), rtol=1e-4, atol=1e-5)

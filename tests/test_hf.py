@@ -126,16 +126,25 @@ def test_without_the_import_it_stops_with_an_error_that_names_the_layer(packed: 
 def test_a_newer_format_is_refused(packed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(packed, tmp_path / "newer")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 3
+    config["quantization_config"]["format_version"] = 4
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="packed format 3 is newer"):
+    with pytest.raises(ValueError, match="packed format 4 is newer"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_an_unknown_format_of_scales_is_refused(packed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"levels": "round"}, "round levels are not known"),
+        ({"format_version": 2, "scale_format": "float8"}, "format 2 is not read any more"),
+    ],
+)
+def test_unknown_levels_and_the_format_of_8_bit_scales_are_refused(
+    changed: dict[str, object], told: str, packed: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(packed, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["scale_format"] = "float6"
+    config["quantization_config"] |= changed
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="scales in the format float6 are not known"):
+    with pytest.raises(ValueError, match=told):
         AutoModelForCausalLM.from_pretrained(folder)

@@ -1,6 +1,6 @@
 """Tiny random models of many families, each saved to a folder with a tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,35 @@ def planes_of(weight: torch.Tensor, in_features: int) -> torch.Tensor:
     return torch.stack(bits, dim=-1).flatten(-2)[..., :in_features]
 
 
-def dequantized(weight: torch.Tensor, alpha: torch.Tensor, in_features: int) -> torch.Tensor:
-    """`alpha1·b1 + alpha2·b2`, float32 `[out, in]`; groups of 64 inputs."""
-    scales = alpha.float().repeat_interleave(64, dim=-1)[..., :in_features]
-    result: torch.Tensor = (planes_of(weight, in_features) * scales).sum(0)
-    return result
+def levels_of(tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
+    """Values of the codes 00, 01, 10 and 11, b1 first, of every group, float32 `[4, out, groups]`.
+
+    Read from plain or tied scales, or from codes of centre, outer and inner: see `fdb.scale_codes`.
+    """
+    alpha = tensors[f"{layer}.alpha"]
+    if alpha.dtype == torch.float16:
+        if len(alpha) == 1:  # tied: d times -1, 0, 1 and 2
+            up, down = alpha.clamp(min=0), alpha.clamp(max=0)
+            alpha = torch.cat((2 * up - down, 2 * down - up))
+        first, second = alpha.float()
+        return torch.stack((torch.zeros_like(first), second, first, first + second))
+    codes = alpha[0].to(torch.int64)
+    unit = 2.0 ** tensors[f"{layer}.row_exponent"].double().unsqueeze(-1)
+    exponent, mantissa = codes >> 4 & 3, codes & 15
+    outer = torch.where(exponent > 0, (16 + mantissa) * 2.0 ** (exponent - 1), mantissa) * unit
+    inner = outer * (2 * (codes >> 6 & 31) + 1) / 64
+    centre = outer * 3 * ((codes >> 11) - 16) / 64
+    levels = torch.stack((centre - inner, centre - outer, centre + outer, centre + inner))
+    # The kernels' scales are float16.
+    beta, alpha2, alpha1 = centre - inner, inner - outer, outer + inner
+    half = [x.half().double() for x in (beta, alpha2, alpha1)]
+    rounded = torch.stack((half[0], half[0] + half[1], half[0] + half[2], sum(half)))
+    assert (rounded - levels).abs().max() <= 2**-9 * outer.max()
+    return rounded.float()
+
+
+def dequantized(tensors: Mapping[str, torch.Tensor], layer: str, in_features: int) -> torch.Tensor:
+    """The dense matrix of a stored layer, float32 `[out, in]`; groups of 64 inputs."""
+    levels = levels_of(tensors, layer).repeat_interleave(64, dim=-1)[..., :in_features]
+    b1, b2 = planes_of(tensors[f"{layer}.weight"], in_features).long()
+    return levels.gather(0, (2 * b1 + b2).unsqueeze(0)).squeeze(0)

@@ -1,8 +1,8 @@
 """Error-compensated rounding onto the levels of FDB: `gptq`.
 
 Columns are rounded in order, and the columns that follow take up the error of each, so that the
-error of the layer's output is least (GPTQ, arXiv 2210.17323, with the four levels of DB-LLM and two
-scales for every group of a row). The scales are then fitted once more to the layer's output.
+error of the layer's output is least (GPTQ, arXiv 2210.17323, with the four levels of DB-LLM for
+every group of a row). The scales are then fitted once more to the layer's output.
 """
 
 from typing import NamedTuple, cast
@@ -14,9 +14,10 @@ from torch.nn.functional import pad
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.groups import group_count, to_groups
-from dbllm_cli.fdb.levels import assign_planes, project_signs
+from dbllm_cli.fdb.levels import assign_planes
 from dbllm_cli.fdb.packing import pack_planes
-from dbllm_cli.fdb.quantized import QuantizedMatrix, round_scales
+from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.fdb.scales import LevelKind, project_scales, round_scales
 from dbllm_cli.fdb.training import latent_start
 
 _DAMPING = 0.01
@@ -39,13 +40,16 @@ class Compensated(NamedTuple):
     latent: Tensor
 
 
-def quantize_compensated(matrix: Tensor, gram: Tensor, group_size: int) -> Compensated:
+def quantize_compensated(
+    matrix: Tensor, gram: Tensor, group_size: int, levels: LevelKind = "plain"
+) -> Compensated:
     """Planes and scales of a layer, chosen for the error of its output.
 
     Args:
         matrix: weights, float32 `[out, in]`.
         gram: XᵀX over the calibration, tokens weighted, float32 `[in, in]`.
-        group_size: inputs that share two scales.
+        group_size: inputs that share their scales.
+        levels: plain or offset.
 
     Raises:
         StageFailedError: a scale is not finite in float16, or XᵀX has no inverse.
@@ -53,9 +57,9 @@ def quantize_compensated(matrix: Tensor, gram: Tensor, group_size: int) -> Compe
     if not torch.isfinite(gram).all():
         raise StageFailedError("its inputs are not finite", "use --compute-dtype float32")
     damped = _damp(gram)
-    planes, alpha, rounded = _round_columns(matrix, _inverse_root(damped), group_size)
-    alpha = _refit_scales(matrix, damped, planes, alpha, group_size)
-    quantized = QuantizedMatrix(pack_planes(planes), alpha, matrix.shape[-1], group_size)
+    planes, alpha, rounded = _round_columns(matrix, _inverse_root(damped), group_size, levels)
+    alpha = _refit_scales(matrix, damped, planes, alpha, group_size, levels)
+    quantized = QuantizedMatrix(pack_planes(planes), alpha, matrix.shape[-1], group_size, levels)
     return Compensated(quantized, latent_start(quantized, rounded))
 
 
@@ -78,8 +82,10 @@ def _inverse_root(gram: Tensor) -> Tensor:
     return cast(Tensor, upper.to(torch.float32))
 
 
-def _round_columns(matrix: Tensor, root: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Planes, bool `[2, out, in]`, float16 scales `[2, out, groups]`, and what was rounded."""
+def _round_columns(
+    matrix: Tensor, root: Tensor, group_size: int, levels: LevelKind
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Planes, bool `[2, out, in]`, scales `[2 or 3, out, groups]`, and what was rounded."""
     rest = matrix.clone()
     in_features = matrix.shape[-1]
     planes = torch.empty(2, *matrix.shape, dtype=torch.bool, device=matrix.device)
@@ -88,10 +94,10 @@ def _round_columns(matrix: Tensor, root: Tensor, group_size: int) -> tuple[Tenso
         last = min(first + group_size, in_features)
         group, own = rest[:, first:last], root[first:last, first:last]
         # What an error costs after the columns that follow have taken up their part.
-        alpha = fit_scales(group, last - first, "als", own.diagonal().square().reciprocal())
-        alpha = round_scales(alpha)
+        importance = own.diagonal().square().reciprocal()
+        alpha = fit_scales(group, last - first, "als", importance, levels)
         scales.append(alpha)
-        errors = _round_group(group, own, alpha.to(torch.float32), planes[:, :, first:last])
+        errors = _round_group(group, own, alpha, planes[:, :, first:last])
         rest[:, last:] -= errors @ root[first:last, last:]
     return planes, torch.cat(scales, dim=-1), rest
 
@@ -102,22 +108,27 @@ def _round_group(group: Tensor, root: Tensor, alpha: Tensor, planes: Tensor) -> 
     Args:
         group: weights so far; each column becomes what it was when it was rounded.
         root: the group's part of the inverse root `[n, n]`.
-        alpha: `[2, out, 1]`.
+        alpha: `[2 or 3, out, 1]`.
         planes: where the planes go, bool `[2, out, n]`.
     """
     errors = torch.empty_like(group)
     for column in range(group.shape[-1]):
         weights = group[:, column : column + 1]
-        b1, b2 = assign_planes(weights, alpha[0], alpha[1])
-        planes[0, :, column : column + 1], planes[1, :, column : column + 1] = b1, b2
-        difference = weights - alpha[0] * b1 - alpha[1] * b2
+        codes = assign_planes(weights, alpha)
+        planes[:, :, column : column + 1] = codes
+        difference = weights - (alpha[:2] * codes).sum(0) - alpha[2:].sum(0)
         errors[:, column : column + 1] = difference / root[column, column]
         group[:, column + 1 :] -= errors[:, column : column + 1] * root[column, column + 1 :]
     return errors
 
 
 def _refit_scales(
-    matrix: Tensor, gram: Tensor, planes: Tensor, alpha: Tensor, group_size: int
+    matrix: Tensor,
+    gram: Tensor,
+    planes: Tensor,
+    alpha: Tensor,
+    group_size: int,
+    levels: LevelKind,
 ) -> Tensor:
     """Scales with the least output error for given planes: one system for all groups of a row.
 
@@ -127,18 +138,19 @@ def _refit_scales(
         matrix: weights `[out, in]`.
         gram: damped XᵀX `[in, in]`.
         planes: bool `[2, out, in]`.
-        alpha: float16 `[2, out, groups]`.
-        group_size: inputs that share two scales.
+        alpha: `[2 or 3, out, groups]`.
+        group_size: inputs that share their scales.
+        levels: plain or offset.
 
     Returns:
-        float16 `[2, out, groups]`.
+        float16 `[2 or 3, out, groups]`, rounded to what is stored.
     """
     width = group_count(matrix.shape[-1], group_size) * group_size
     missing = width - matrix.shape[-1]
     gram = pad(gram, (0, missing, 0, missing))
-    rows = max(1, _CHUNK_NUMBERS // (2 * width * alpha.shape[-1]))
+    rows = max(1, _CHUNK_NUMBERS // (len(alpha) * width * alpha.shape[-1]))
     refitted = [
-        _refit_rows(pad(part, (0, missing)), to_groups(own, group_size), old, gram)
+        _refit_rows(pad(part, (0, missing)), to_groups(own, group_size), old, gram, levels)
         for part, own, old in zip(
             matrix.split(rows), planes.split(rows, dim=1), alpha.split(rows, dim=1), strict=True
         )
@@ -146,14 +158,19 @@ def _refit_scales(
     return torch.cat(refitted, dim=1)
 
 
-def _refit_rows(matrix: Tensor, planes: Tensor, alpha: Tensor, gram: Tensor) -> Tensor:
+def _refit_rows(
+    matrix: Tensor, planes: Tensor, alpha: Tensor, gram: Tensor, levels: LevelKind
+) -> Tensor:
     """As `_refit_scales`, for grouped planes `[2, out, groups, group_size]`."""
     _, rows, groups, size = planes.shape
-    width, unknowns = groups * size, 2 * groups
-    own = planes.to(torch.float32).permute(2, 3, 1, 0)  # [groups, size, rows, 2]
+    scales, width = len(alpha), groups * size
+    unknowns = scales * groups
+    # The offset is the scale of a plane of ones.
+    whole = torch.cat((planes, torch.ones_like(planes[: scales - 2])))
+    own = whole.to(torch.float32).permute(2, 3, 1, 0)  # [groups, size, rows, scales]
     by_group = gram.reshape(width, groups, size).transpose(0, 1)
-    # What each plane of each group adds to XᵀX times the row: [rows, width, 2 · groups].
-    weighed = torch.matmul(by_group, own.flatten(2)).reshape(groups, width, rows, 2)
+    # What each plane of each group adds to XᵀX times the row: [rows, width, scales · groups].
+    weighed = torch.matmul(by_group, own.flatten(2)).reshape(groups, width, rows, scales)
     weighed = weighed.permute(2, 1, 3, 0).reshape(rows, width, unknowns)
     system = torch.matmul(own.permute(2, 0, 3, 1), weighed.reshape(rows, groups, size, unknowns))
     system = system.transpose(1, 2).reshape(rows, unknowns, unknowns)
@@ -161,12 +178,13 @@ def _refit_rows(matrix: Tensor, planes: Tensor, alpha: Tensor, gram: Tensor) -> 
     # A plane that is empty would make its system singular.
     damping = (1e-6 * system.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-12)
     damped = system + damping[:, None, None] * torch.eye(unknowns, device=system.device)
-    solved = torch.linalg.solve(damped, target).reshape(rows, 2, groups).transpose(0, 1)
-    found = torch.stack(project_signs(solved[0], solved[1]))
+    solved = torch.linalg.solve(damped, target).reshape(rows, scales, groups).transpose(0, 1)
+    found = project_scales(solved, levels)
     fits = found.abs().amax((0, -1)) <= torch.finfo(torch.float16).max
-    found = round_scales(torch.where(fits.unsqueeze(-1), found, alpha.to(torch.float32)))
-    errors = [_relative_output_error(system, target, scales) for scales in (found, alpha)]
-    return torch.where((errors[0] < errors[1]).unsqueeze(-1), found, alpha)
+    found = round_scales(torch.where(fits.unsqueeze(-1), found, alpha), levels)
+    rounded = round_scales(alpha, levels)
+    errors = [_relative_output_error(system, target, each) for each in (found, rounded)]
+    return torch.where((errors[0] < errors[1]).unsqueeze(-1), found, rounded)
 
 
 def _relative_output_error(system: Tensor, target: Tensor, alpha: Tensor) -> Tensor:

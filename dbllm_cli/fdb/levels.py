@@ -4,7 +4,7 @@ Each weight is `alpha1·b1 + alpha2·b2` with `b1, b2` in {0, 1} and `alpha2 <= 
 levels are alpha2, 0, alpha1 + alpha2 and alpha1. The middle two swap places with the sign of
 alpha1 + alpha2, the group's orientation. The paper's rule `b1 = H(w − (alpha1+alpha2)/2)`,
 `b2 = H(−(w − alpha1·b1 − alpha2/2))` is the nearest level where that sum is positive, ties too:
-the middle tie goes up, the outer ties go down.
+the middle tie goes up, the outer ties go down. A third scale, the offset beta, moves all four.
 """
 
 from typing import NamedTuple
@@ -31,15 +31,18 @@ class Levels(NamedTuple):
         )
 
 
-def sorted_levels(alpha1: Tensor, alpha2: Tensor) -> Levels:
-    """Levels alpha2, min(0, s), max(0, s), alpha1 with s = alpha1 + alpha2.
+def sorted_levels(alpha: Tensor) -> Levels:
+    """Levels alpha2, min(0, s), max(0, s), alpha1 with s = alpha1 + alpha2, moved by the offset.
 
     Args:
-        alpha1: not negative, any shape.
-        alpha2: not positive, the same shape.
+        alpha: alpha1, not negative, alpha2, not positive, and beta where there is an offset:
+            `[2 or 3, ...]`.
     """
-    middle = alpha1 + alpha2
-    return Levels(alpha2, middle.clamp(max=0), middle.clamp(min=0), alpha1)
+    middle = alpha[0] + alpha[1]
+    levels = Levels(alpha[1], middle.clamp(max=0), middle.clamp(min=0), alpha[0])
+    if len(alpha) == 2:
+        return levels
+    return Levels(*(level + alpha[2] for level in levels))
 
 
 def project_signs(alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,24 +66,23 @@ def nearest_level(grouped: Tensor, levels: Levels) -> Tensor:
     return torch.where(grouped >= second, high, low)
 
 
-def assign_planes(grouped: Tensor, alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
+def assign_planes(grouped: Tensor, alpha: Tensor) -> Tensor:
     """Planes of the nearest level of each weight.
 
     Args:
         grouped: weights `[..., group_size]`.
-        alpha1: `[..., 1]`, not negative.
-        alpha2: `[..., 1]`, not positive.
+        alpha: as `sorted_levels` takes it, `[2 or 3, ..., 1]`.
 
     Returns:
-        b1 and b2, bool, the shape of `grouped`. A group without scales has empty planes.
+        b1 and b2, bool `[2, ..., group_size]`. A group without scales has empty planes.
     """
-    first, second, third = sorted_levels(alpha1, alpha2).borders
+    first, second, third = sorted_levels(alpha).borders
     above_first, above_second, above_third = grouped > first, grouped >= second, grouped > third
-    upright = alpha1 + alpha2 >= 0
+    upright = alpha[0] + alpha[1] >= 0
     b1 = torch.where(upright, above_second, above_third | (above_first & ~above_second))
     b2 = torch.where(upright, ~above_first | (above_second & ~above_third), ~above_second)
-    alive = (alpha1 != 0) | (alpha2 != 0)
-    return b1 & alive, b2 & alive
+    alive = (alpha[0] != 0) | (alpha[1] != 0)
+    return torch.stack((b1 & alive, b2 & alive))
 
 
 def straight_through_mask(grouped: Tensor, levels: Levels) -> Tensor:
@@ -98,27 +100,24 @@ def straight_through_mask(grouped: Tensor, levels: Levels) -> Tensor:
     return (grouped >= below) & (grouped <= above)
 
 
-def clamp_to_cells(
-    grouped: Tensor, b1: Tensor, b2: Tensor, alpha1: Tensor, alpha2: Tensor
-) -> Tensor:
-    """The weight nearest to each given one that still has the planes b1, b2.
+def clamp_to_cells(grouped: Tensor, planes: Tensor, alpha: Tensor) -> Tensor:
+    """The weight nearest to each given one that still has the same planes.
 
     So training can start from a full-precision weight without changing a stored plane. The borders
     are drawn in by a thousandth of a cell, so that rounding does not cross them.
 
     Args:
         grouped: full-precision weights `[..., group_size]`.
-        b1: plane, bool, the shape of `grouped`.
-        b2: plane, bool, the shape of `grouped`.
-        alpha1: `[..., 1]`.
-        alpha2: `[..., 1]`.
+        planes: b1 and b2, bool `[2, ..., group_size]`.
+        alpha: as `sorted_levels` takes it, `[2 or 3, ..., 1]`.
     """
-    levels = sorted_levels(alpha1, alpha2)
+    levels = sorted_levels(alpha)
     borders = torch.stack(levels.borders, dim=-1).expand(*grouped.shape, 3)
     infinite = torch.full_like(borders[..., :1], torch.inf)
     edges = torch.cat((-infinite, borders, infinite), dim=-1)
-    first, second = b1.long(), b2.long()
-    rank = torch.where(alpha1 + alpha2 >= 0, 1 + 2 * first - second, 2 + first - 2 * second)
+    first, second = planes.long()
+    upright = alpha[0] + alpha[1] >= 0
+    rank = torch.where(upright, 1 + 2 * first - second, 2 + first - 2 * second)
     lower = edges.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
     upper = edges.gather(-1, rank.unsqueeze(-1) + 1).squeeze(-1)
     inset = torch.minimum(upper - lower, levels.highest - levels.lowest) * 1e-3

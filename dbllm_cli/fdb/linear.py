@@ -9,13 +9,7 @@ from torch import Tensor, nn
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.scales import (
-    ScaleFormat,
-    decode_scales,
-    encode_scales,
-    join_tied,
-    split_tied,
-)
+from dbllm_cli.fdb.scales import LevelKind, expand_scales, stored_scales
 from dbllm_cli.kernels import TILED_DTYPES, cpu_kernels, fdb_linear, fdb_linear_tiled
 
 _TILED_DEVICES = ("cpu", "meta")
@@ -30,14 +24,13 @@ def autocast_input(x: Tensor) -> Tensor:
 
 
 class FdbLinear(nn.Module):
-    """`y = alpha1·(b1 x) + alpha2·(b2 x) + bias` on packed planes.
+    """`y = alpha1·(b1 x) + alpha2·(b2 x) + beta·(1 x) + bias` on packed planes.
 
-    Buffers: `weight` uint8 `[2, out, ceil(in / 8)]`, `alpha` float16 `[2, out, groups]`. The scales
-    stay float16 when the model is cast, so that a cast never changes a weight.
+    Buffers: `weight` uint8 `[2, out, ceil(in / 8)]`, `alpha` float16 `[2 or 3, out, groups]`. The
+    scales stay float16 when the model is cast, so that a cast never changes a weight.
 
-    `alpha` is read and saved in `scale_format` (`fdb.scales`): `float8` codes, uint8, beside
-    `row_scale` float16 `[out]`, or `tied`, float16 `[1, out, groups]`. Until `expand_scales` makes
-    pairs of float16 of them every call does.
+    `alpha` is read and saved as `levels` are stored (`fdb.scales.stored_scales`), with an offset
+    beside `row_exponent` int8 `[out]`. Until `expand_scales` makes float16 of it every call does.
 
     `use_cpu_kernels` replaces planes and scales by one buffer `tiles` in the layout of the compiled
     kernels; what is saved, read or moved to another device is planes and scales again.
@@ -45,7 +38,7 @@ class FdbLinear(nn.Module):
 
     weight: Tensor | None
     alpha: Tensor | None
-    row_scale: Tensor | None
+    row_exponent: Tensor | None
     tiles: Tensor | None
 
     def __init__(
@@ -56,7 +49,7 @@ class FdbLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        scale_format: ScaleFormat = "float16",
+        levels: LevelKind = "plain",
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -65,12 +58,10 @@ class FdbLinear(nn.Module):
         planes = torch.empty(
             2, out_features, -(-in_features // 8), dtype=torch.uint8, device=device
         )
-        self.scale_format: ScaleFormat = scale_format
-        coded = scale_format == "float8"
-        rows = torch.empty(out_features, dtype=torch.float16, device=device) if coded else None
+        self.levels: LevelKind = levels
         self.register_buffer("weight", planes)
         self.register_buffer("alpha", self._empty_scales(device))
-        self.register_buffer("row_scale", rows)
+        self.register_buffer("row_exponent", self._no_exponents(device))
         self.register_buffer("tiles", None, persistent=False)
         bias_values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if bias_values is None else nn.Parameter(bias_values)
@@ -79,18 +70,22 @@ class FdbLinear(nn.Module):
     def quantized(self) -> QuantizedMatrix:
         """The layer's planes and scales."""
         weight, alpha = self._planes()
-        tied = self.scale_format == "tied"
-        return QuantizedMatrix(weight, alpha, self.in_features, self.group_size, tied)
+        return QuantizedMatrix(weight, alpha, self.in_features, self.group_size, self.levels)
 
     def _empty_scales(self, device: torch.device | str | None) -> Tensor:
         """A place for scales as they are stored."""
         groups = group_count(self.in_features, self.group_size)
-        pair = 1 if self.scale_format == "tied" else 2
-        dtype = torch.uint8 if self.scale_format == "float8" else torch.float16
-        return torch.empty(pair, self.out_features, groups, dtype=dtype, device=device)
+        numbers = 2 if self.levels == "plain" else 1
+        dtype = torch.uint16 if self.levels == "offset" else torch.float16
+        return torch.empty(numbers, self.out_features, groups, dtype=dtype, device=device)
+
+    def _no_exponents(self, device: torch.device | str | None) -> Tensor | None:
+        """A place for what the codes of the rows are in units of."""
+        coded = self.levels == "offset"
+        return torch.empty(self.out_features, dtype=torch.int8, device=device) if coded else None
 
     def expand_scales(self) -> None:
-        """Make pairs of float16 of stored scales, once instead of at every call."""
+        """Make float16 of stored scales, once instead of at every call."""
         # Offloaded buffers come back as they are stored.
         if self.tiles is None and self.alpha is not None and not self.alpha.is_meta:
             _, self.alpha = self._planes()
@@ -114,10 +109,7 @@ class FdbLinear(nn.Module):
             )
         assert self.weight is not None
         assert self.alpha is not None
-        if self.alpha.dtype == torch.uint8:
-            assert self.row_scale is not None
-            return self.weight, decode_scales(self.alpha, self.row_scale)
-        return self.weight, split_tied(self.alpha) if len(self.alpha) == 1 else self.alpha
+        return self.weight, expand_scales(self.alpha, self.row_exponent)
 
     def _leave_cpu_kernels(self) -> None:
         self.weight, self.alpha = self._planes()
@@ -140,12 +132,10 @@ class FdbLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         if self.tiles is not None and fn(self.tiles[:0]).device.type != "cpu":
             self._leave_cpu_kernels()
-        stored = {"alpha": self.alpha, "row_scale": self.row_scale}
+        before = self.alpha
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        for name, before in stored.items():
-            after = getattr(self, name)
-            if before is not None and after is not None and after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
+        if before is not None and self.alpha is not None and self.alpha.dtype != before.dtype:
+            self.alpha = before.to(self.alpha.device)
         return self
 
     def _save_to_state_dict(
@@ -153,11 +143,10 @@ class FdbLinear(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight, alpha = self._planes()
-        if self.row_scale is not None:
-            alpha, _ = encode_scales(alpha, self.row_scale)
-        elif self.scale_format == "tied":
-            alpha = join_tied(alpha)
-        destination[f"{prefix}weight"], destination[f"{prefix}alpha"] = weight, alpha
+        destination[f"{prefix}weight"] = weight
+        destination[f"{prefix}alpha"], exponents = stored_scales(alpha, self.levels)
+        if exponents is not None:
+            destination[f"{prefix}row_exponent"] = exponents
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
@@ -166,7 +155,8 @@ class FdbLinear(nn.Module):
         self._leave_cpu_kernels()
         if f"{prefix}alpha" in state_dict:
             assert self.alpha is not None
-            self.alpha = self._empty_scales(self.alpha.device)
+            device = self.alpha.device
+            self.alpha, self.row_exponent = self._empty_scales(device), self._no_exponents(device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.expand_scales()
         if tiled:
@@ -185,15 +175,15 @@ class FdbLinear(nn.Module):
     def holding(cls, quantized: QuantizedMatrix, bias: Tensor | None) -> Self:
         """A layer with these planes and scales, and a frozen bias."""
         _, out_features, _ = quantized.weight.shape
-        scale_format: ScaleFormat = "tied" if quantized.tied else "float16"
         layer = cls(
             quantized.in_features,
             out_features,
             quantized.group_size,
             device="meta",
-            scale_format=scale_format,
+            levels=quantized.levels,
         )
         layer.weight, layer.alpha = quantized.weight, quantized.alpha
+        layer.row_exponent = None
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
@@ -201,4 +191,4 @@ class FdbLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         shape = f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
-        return shape if self.scale_format == "float16" else f"{shape}, {self.scale_format} scales"
+        return shape if self.levels == "plain" else f"{shape}, {self.levels} levels"

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.groups import from_groups, to_groups
-from dbllm_cli.fdb.levels import assign_planes, project_signs
+from dbllm_cli.fdb.levels import assign_planes
 from dbllm_cli.fdb.packing import pack_planes
-from dbllm_cli.fdb.scales import join_tied, split_tied, tie_scales
+from dbllm_cli.fdb.scales import LevelKind, round_scales, stored_scale_bits
 from dbllm_cli.kernels import dequantize, unpack_planes
 
 
@@ -20,17 +19,18 @@ class QuantizedMatrix:
 
     Attributes:
         weight: planes b1 and b2, uint8 `[2, out, ceil(in / 8)]`.
-        alpha: scales alpha1 and alpha2, float16 `[2, out, groups]`.
+        alpha: scales alpha1 and alpha2, and beta where there is an offset, float16
+            `[2 or 3, out, groups]`.
         in_features: inputs of the layer.
-        group_size: inputs that share two scales.
-        tied: of the two scales one is twice the other, and stays so (`fdb.scales`).
+        group_size: inputs that share their scales.
+        levels: which scales a group may have (`fdb.scales`).
     """
 
     weight: Tensor
     alpha: Tensor
     in_features: int
     group_size: int
-    tied: bool = False
+    levels: LevelKind = "plain"
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized matrix `[out, in]`."""
@@ -83,51 +83,26 @@ def count_planes(quantized: QuantizedMatrix) -> PlaneCounts:
 
 def stored_bits(quantized: QuantizedMatrix) -> int:
     """Bits of a layer as stored: planes, rows padded to whole bytes, and scales."""
-    scales = quantized.alpha.numel() // (2 if quantized.tied else 1)
-    return quantized.weight.numel() * 8 + scales * 16
-
-
-def round_scales(alpha: Tensor, tied: bool = False) -> Tensor:
-    """Scales with their signs projected, rounded to float16: what is stored.
-
-    Args:
-        alpha: `[2, out, groups]`.
-        tied: make one scale twice the other.
-
-    Raises:
-        StageFailedError: a scale is not finite in float16.
-    """
-    pair = project_signs(alpha[0], alpha[1])
-    if tied:
-        # The smaller one is rounded, so that the larger is exactly twice as large.
-        step = join_tied(torch.stack(tie_scales(*pair))).to(torch.float16)
-        rounded = split_tied(step)
-    else:
-        rounded = torch.stack(pair).to(torch.float16)
-    if not torch.isfinite(rounded).all():
-        raise StageFailedError(
-            "a scale is not finite in float16", "lower the learning rates, or leave the layer out"
-        )
-    return rounded
+    scales = stored_scale_bits(quantized.alpha, quantized.levels)
+    return quantized.weight.numel() * 8 + scales
 
 
 def quantize_matrix(
-    matrix: Tensor, alpha: Tensor, group_size: int, tied: bool = False
+    matrix: Tensor, alpha: Tensor, group_size: int, levels: LevelKind = "plain"
 ) -> QuantizedMatrix:
-    """Round the scales to float16, then derive the planes once from the rounded scales.
+    """Round the scales to what is stored, then derive the planes once from the rounded scales.
 
     Args:
         matrix: weights or latent weights `[out, in]`.
-        alpha: scales `[2, out, groups]`.
-        group_size: inputs that share two scales.
-        tied: make one scale twice the other.
+        alpha: scales `[2 or 3, out, groups]`.
+        group_size: inputs that share their scales.
+        levels: which scales a group may have.
 
     Raises:
         StageFailedError: a scale is not finite in float16.
     """
-    rounded = round_scales(alpha, tied)
-    scales = rounded.to(torch.float32).unsqueeze(-1)
+    rounded = round_scales(alpha, levels)
     grouped = to_groups(matrix.to(torch.float32), group_size)
-    planes = torch.stack(assign_planes(grouped, scales[0], scales[1]))
+    planes = assign_planes(grouped, rounded.to(torch.float32).unsqueeze(-1))
     packed = pack_planes(from_groups(planes, matrix.shape[-1]))
-    return QuantizedMatrix(packed, rounded, matrix.shape[-1], group_size, tied)
+    return QuantizedMatrix(packed, rounded, matrix.shape[-1], group_size, levels)

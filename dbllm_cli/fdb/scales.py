@@ -1,60 +1,113 @@
-"""How scales are stored: as they are, in 8 bits, or one for both planes.
+"""Which scales a group may have, and how they are rounded and stored.
 
-`float8`: unsigned floats that share one float16 per row. A code has 3 bits of exponent and 5 of
-mantissa, so that a scale is off by at most 1/64 of itself (0.65 % in the root mean square) over
-eight octaves. Integers on a linear grid round the small groups of a row away. The sign needs no
-bit: `alpha2 <= 0 <= alpha1`.
+`plain`: alpha1 and alpha2, each a float16; `alpha2 <= 0 <= alpha1` (DB-LLM).
 
-`tied`: one step d of either sign, the levels −d, 0, d and 2d, as GGUF's Q2_0 has them: of the two
-scales one is twice the other. They are tied from the start and at every step of training.
+`tied`: one step d of either sign, a float16, with the levels −d, 0, d and 2d of GGUF's Q2_0: of the
+two scales one is twice the other. They are tied from the start and at every step of training.
+
+`offset`: a third number beta moves all four levels (`w = beta + alpha1·b1 + alpha2·b2`), which then
+lie evenly around a centre: `centre ± outer` and `centre ± inner`. All three take 16 bits
+(`scale_codes`).
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-ScaleFormat = Literal["float16", "float8", "tied"]
+from dbllm_cli.errors import StageFailedError
+from dbllm_cli.fdb.levels import project_signs
+from dbllm_cli.fdb.scale_codes import LARGEST_CENTRE, decode_spans, encode_spans
 
-_MANTISSAS = 32
-_EXPONENTS = 8
-
-
-def _unit_scales(device: torch.device) -> Tensor:
-    """The 256 values, ascending from 0 to 1, float32; the first 32 are subnormal."""
-    code = torch.arange(_EXPONENTS * _MANTISSAS, dtype=torch.float32, device=device)
-    exponent, mantissa = code // _MANTISSAS, code % _MANTISSAS
-    normal = (_MANTISSAS + mantissa) * torch.exp2(exponent - 1)
-    values = torch.where(exponent > 0, normal, mantissa)
-    return values / values[-1]
+LevelKind = Literal["plain", "tied", "offset"]
 
 
-def encode_scales(alpha: Tensor, row_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The nearest codes.
+class Spans(NamedTuple):
+    """Levels with an offset: `centre ± outer` and `centre ± inner`, all of one shape."""
+
+    centre: Tensor
+    outer: Tensor
+    inner: Tensor
+
+    @classmethod
+    def of(cls, alpha: Tensor) -> Self:
+        """From alpha1, alpha2 and beta `[3, ...]`."""
+        middle = (alpha[0] + alpha[1]) / 2
+        return cls(alpha[2] + middle, (alpha[0] - alpha[1]) / 2, middle)
+
+    @property
+    def alpha(self) -> Tensor:
+        """alpha1, alpha2 and beta `[3, ...]`, upright: `alpha1 + alpha2 >= 0`."""
+        centre, outer, inner = self
+        return torch.stack((outer + inner, inner - outer, centre - inner))
+
+    def project(self) -> "Spans":
+        """The nearest with `0 <= inner <= outer` and a centre that a code reaches."""
+        outer = self.outer.clamp(min=0)
+        reach = LARGEST_CENTRE * outer
+        centre = torch.minimum(torch.maximum(self.centre, -reach), reach)
+        return Spans(centre, outer, torch.minimum(self.inner.clamp(min=0), outer))
+
+
+def project_scales(alpha: Tensor, kind: LevelKind) -> Tensor:
+    """The nearest scales that a group may have, `[2 or 3, ...]`."""
+    if kind == "offset":
+        return Spans.of(alpha).project().alpha
+    pair = project_signs(alpha[0], alpha[1])
+    return torch.stack(tie_scales(*pair) if kind == "tied" else pair)
+
+
+def round_scales(alpha: Tensor, kind: LevelKind) -> Tensor:
+    """Scales projected and rounded to what is stored, as float16.
 
     Args:
-        alpha: float16 `[2, out, groups]`, `alpha2 <= 0 <= alpha1`.
-        row_scale: float16 `[out]`, what the codes of a row are shares of; its largest scale when
-            absent. With the row scales that they were decoded by, codes come back that stand for
-            the same scales.
+        alpha: `[2 or 3, out, groups]`.
+        kind: of the levels.
+
+    Raises:
+        StageFailedError: a scale is not finite in float16.
+    """
+    allowed = project_scales(alpha, kind)
+    rounded = allowed.to(torch.float16)
+    if not torch.isfinite(rounded).all():
+        raise StageFailedError(
+            "a scale is not finite in float16", "lower the learning rates, or leave the layer out"
+        )
+    if kind == "plain":
+        return rounded
+    return expand_scales(*stored_scales(allowed, kind))
+
+
+def stored_scales(alpha: Tensor, kind: LevelKind) -> tuple[Tensor, Tensor | None]:
+    """Scales as files hold them, and the exponents of the rows where they are coded.
+
+    Args:
+        alpha: `[2 or 3, out, groups]`, allowed ones.
+        kind: of the levels.
 
     Returns:
-        Codes uint8 `[2, out, groups]` and row scales float16 `[out]`.
+        plain: float16 `[2, out, groups]`; tied: float16 `[1, out, groups]`; offset: codes, uint16
+        `[1, out, groups]`, and int8 `[out]`.
     """
-    if row_scale is None:
-        row_scale = alpha.abs().amax((0, 2)).to(torch.float16)
-    divisor = torch.where(row_scale > 0, row_scale, 1).to(torch.float32)
-    shares = alpha.to(torch.float32).abs() / divisor.unsqueeze(-1)
-    values = _unit_scales(alpha.device)
-    midpoints = (values[1:] + values[:-1]) / 2
-    return torch.bucketize(shares, midpoints).to(torch.uint8), row_scale
+    if kind == "offset":
+        codes, exponents = encode_spans(*Spans.of(alpha.to(torch.float32)))
+        return codes.unsqueeze(0), exponents
+    # The smaller one is rounded, so that the larger is exactly twice as large.
+    return (join_tied(alpha) if kind == "tied" else alpha).to(torch.float16), None
 
 
-def decode_scales(codes: Tensor, row_scale: Tensor) -> Tensor:
-    """The inverse of `encode_scales`: float16 `[2, out, groups]`."""
-    sizes = _unit_scales(codes.device)[codes.long()] * row_scale.to(torch.float32).unsqueeze(-1)
-    signs = torch.tensor((1.0, -1.0), device=codes.device).view(2, 1, 1)
-    return (sizes * signs).to(torch.float16)
+def expand_scales(stored: Tensor, exponents: Tensor | None) -> Tensor:
+    """The inverse of `stored_scales`: float16 `[2 or 3, out, groups]`; expanded ones unchanged."""
+    if exponents is not None and stored.dtype == torch.uint16:
+        return Spans(*decode_spans(stored[0], exponents)).alpha.to(torch.float16)
+    return split_tied(stored) if len(stored) == 1 else stored
+
+
+def stored_scale_bits(alpha: Tensor, kind: LevelKind) -> int:
+    """Bits of scales `[2 or 3, out, groups]` as files hold them."""
+    _, rows, groups = alpha.shape
+    numbers = {"plain": 2, "tied": 1, "offset": 1}[kind]
+    return rows * groups * numbers * 16 + (rows * 8 if kind == "offset" else 0)
 
 
 def tied_units(upright: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Layers that train: latent weights with scales, or scales alone over fixed planes.
 
 The gradient is straight-through: 1 to a latent weight inside the outer cells' bounds, and to
-alpha1, alpha2 the sums over the group of gradient·b1 and gradient·b2.
+alpha1, alpha2 and beta the sums over the group of gradient·b1, gradient·b2 and gradient.
 """
 
 from typing import Any
@@ -15,19 +15,31 @@ from dbllm_cli.fdb.levels import (
     assign_planes,
     clamp_to_cells,
     nearest_level,
-    project_signs,
     sorted_levels,
     straight_through_mask,
 )
 from dbllm_cli.fdb.linear import autocast_input
-from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix, round_scales
-from dbllm_cli.fdb.scales import tie_scales, tied_units
-from dbllm_cli.kernels import can_round_latents, latent_gradients, latent_levels, unpack_planes
+from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
+from dbllm_cli.fdb.scales import LevelKind, project_scales, round_scales, tied_units
+from dbllm_cli.kernels import (
+    can_round_latents,
+    can_scale_planes,
+    dequantize,
+    latent_gradients,
+    latent_levels,
+    plane_gradients,
+    plane_levels,
+    unpack_planes,
+)
 
 
-def _scale_gradients(grad: Tensor, b1: Tensor, b2: Tensor, group_size: int) -> Tensor:
+def _scale_gradients(grad: Tensor, planes: Tensor, alpha: Tensor, group_size: int) -> Tensor:
     grouped = to_groups(grad.to(torch.float32), group_size)
-    return torch.stack(((grouped * b1).sum(-1), (grouped * b2).sum(-1)))
+    sums = [(grouped * plane).sum(-1) for plane in planes]
+    if len(alpha) == 3:
+        # A group without levels stays without them.
+        sums.append(grouped.sum(-1) * ((alpha[0] != 0) | (alpha[1] != 0)))
+    return torch.stack(sums)
 
 
 class _LatentWeight(torch.autograd.Function):
@@ -41,7 +53,7 @@ class _LatentWeight(torch.autograd.Function):
         ctx.group_size = group_size
         if can_round_latents(latent, alpha, dtype):
             return latent_levels(latent, alpha, group_size, dtype)
-        levels = sorted_levels(*alpha.unsqueeze(-1))
+        levels = sorted_levels(alpha.unsqueeze(-1))
         grouped = nearest_level(to_groups(latent, group_size), levels)
         return from_groups(grouped, latent.shape[-1]).to(dtype)
 
@@ -51,11 +63,11 @@ class _LatentWeight(torch.autograd.Function):
         if can_round_latents(latent, alpha, grad.dtype):
             return *latent_gradients(grad, latent, alpha, ctx.group_size), None, None
         grouped = to_groups(latent, ctx.group_size)
-        alpha1, alpha2 = alpha.unsqueeze(-1)
-        b1, b2 = assign_planes(grouped, alpha1, alpha2)
-        passes = straight_through_mask(grouped, sorted_levels(alpha1, alpha2))
+        scales = alpha.unsqueeze(-1)
+        planes = assign_planes(grouped, scales)
+        passes = straight_through_mask(grouped, sorted_levels(scales))
         to_latent = grad.to(torch.float32) * from_groups(passes, grad.shape[-1])
-        return to_latent, _scale_gradients(grad, b1, b2, ctx.group_size), None, None
+        return to_latent, _scale_gradients(grad, planes, alpha, ctx.group_size), None, None
 
 
 class _ScaledPlanes(torch.autograd.Function):
@@ -70,30 +82,48 @@ class _ScaledPlanes(torch.autograd.Function):
         group_size: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(packed)
+        ctx.save_for_backward(packed, alpha)
         ctx.in_features, ctx.group_size = in_features, group_size
-        b1, b2 = to_groups(unpack_planes(packed, in_features, torch.float32), group_size)
-        alpha1, alpha2 = alpha.unsqueeze(-1)
-        return from_groups(alpha1 * b1 + alpha2 * b2, in_features).to(dtype)
+        if can_scale_planes(alpha, dtype):
+            return plane_levels(packed, alpha, in_features, group_size, dtype)
+        return dequantize(packed, alpha, in_features, group_size, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
-        (packed,) = ctx.saved_tensors
-        planes = unpack_planes(packed, ctx.in_features, torch.float32)
-        b1, b2 = to_groups(planes, ctx.group_size)
-        return None, _scale_gradients(grad, b1, b2, ctx.group_size), None, None, None
+        packed, alpha = ctx.saved_tensors
+        if can_scale_planes(alpha, grad.dtype):
+            return None, plane_gradients(grad, packed, alpha, ctx.group_size), None, None, None
+        planes = to_groups(unpack_planes(packed, ctx.in_features, torch.float32), ctx.group_size)
+        return None, _scale_gradients(grad, planes, alpha, ctx.group_size), None, None, None
+
+
+class _RoundedScales(torch.autograd.Function):
+    """Scales as they are stored; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, levels: LevelKind) -> Tensor:
+        del ctx
+        if not alpha.to(torch.float16).isfinite().all():
+            # A code would be finite again: the loss is to tell.
+            return alpha.clone()
+        return round_scales(alpha, levels).to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        del ctx
+        return grad, None
 
 
 class TrainableLinear(nn.Module):
-    """Base of both layers that train: `alpha` float32 `[2, out, groups]`, a frozen bias."""
+    """Base of both layers that train: `alpha` float32 `[2 or 3, out, groups]`, a frozen bias."""
 
     def __init__(self, quantized: QuantizedMatrix, bias: Tensor | None) -> None:
         super().__init__()
         self.in_features = quantized.in_features
         self.group_size = quantized.group_size
-        self.tied = quantized.tied
+        self.levels = quantized.levels
         self.alpha = nn.Parameter(quantized.alpha.to(torch.float32))
-        if self.tied:
+        if self.levels == "tied":
             self.alpha.register_hook(self._tied_gradient)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -117,11 +147,14 @@ class TrainableLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear(x, self.dense(x.dtype), bias)
 
+    def stored_scales(self) -> Tensor:
+        """The scales as `quantize` rounds them, float32."""
+        return round_scales(self.alpha.detach(), self.levels).to(torch.float32)
+
     @torch.no_grad()
     def project(self) -> None:
-        """Bring the scales back to `alpha2 <= 0 <= alpha1`, and to their tie, after every step."""
-        pair = project_signs(self.alpha[0], self.alpha[1])
-        self.alpha.copy_(torch.stack(tie_scales(*pair) if self.tied else pair))
+        """Bring the scales back to what a group may have, after every step."""
+        self.alpha.copy_(project_scales(self.alpha, self.levels))
 
 
 class LatentLinear(TrainableLinear):
@@ -134,13 +167,17 @@ class LatentLinear(TrainableLinear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See `TrainableLinear.dense`."""
-        result: Tensor = _LatentWeight.apply(self.latent, self.alpha, self.group_size, dtype)
+        alpha: Tensor = self.alpha
+        if self.levels == "offset":
+            # Their codes are coarse: planes that other scales gave would be others.
+            alpha = _RoundedScales.apply(self.alpha, self.levels)
+        result: Tensor = _LatentWeight.apply(self.latent, alpha, self.group_size, dtype)
         return result
 
     @torch.no_grad()
     def quantize(self) -> QuantizedMatrix:
         """See `TrainableLinear.quantize`."""
-        return quantize_matrix(self.latent, self.alpha, self.group_size, self.tied)
+        return quantize_matrix(self.latent, self.alpha, self.group_size, self.levels)
 
 
 class ScaleLinear(TrainableLinear):
@@ -161,8 +198,8 @@ class ScaleLinear(TrainableLinear):
     @torch.no_grad()
     def quantize(self) -> QuantizedMatrix:
         """See `TrainableLinear.quantize`."""
-        alpha = round_scales(self.alpha, self.tied)
-        return QuantizedMatrix(self.packed, alpha, self.in_features, self.group_size, self.tied)
+        alpha = round_scales(self.alpha, self.levels)
+        return QuantizedMatrix(self.packed, alpha, self.in_features, self.group_size, self.levels)
 
 
 def latent_start(quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
@@ -177,7 +214,7 @@ def latent_start(quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
     """
     size = quantized.group_size
     planes = unpack_planes(quantized.weight, quantized.in_features, torch.float32).bool()
-    b1, b2 = to_groups(planes, size)
-    alpha1, alpha2 = quantized.alpha.to(torch.float32).unsqueeze(-1)
+    alpha = quantized.alpha.to(torch.float32).unsqueeze(-1)
     grouped = to_groups(teacher.to(torch.float32), size)
-    return from_groups(clamp_to_cells(grouped, b1, b2, alpha1, alpha2), teacher.shape[-1])
+    clamped = clamp_to_cells(grouped, to_groups(planes, size), alpha)
+    return from_groups(clamped, teacher.shape[-1])

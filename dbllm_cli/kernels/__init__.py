@@ -7,6 +7,7 @@ from dbllm_cli.kernels.distillation import DistillationTerms, can_distil, distil
 from dbllm_cli.kernels.int8 import dequantize_rows, int8_linear, quantize_rows
 from dbllm_cli.kernels.latents import can_round_latents, latent_gradients, latent_levels
 from dbllm_cli.kernels.operator import fdb_linear, fdb_linear_tiled, has_gpu_kernel
+from dbllm_cli.kernels.planes import can_scale_planes, plane_gradients, plane_levels
 from dbllm_cli.kernels.reference import dequantize, unpack_planes
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "can_attend_one",
     "can_distil",
     "can_round_latents",
+    "can_scale_planes",
     "cpu_kernels",
     "dequantize",
     "dequantize_rows",
@@ -28,6 +30,8 @@ __all__ = [
     "int8_linear",
     "latent_gradients",
     "latent_levels",
+    "plane_gradients",
+    "plane_levels",
     "quantize_rows",
     "unpack_planes",
 ]

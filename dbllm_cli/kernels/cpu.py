@@ -22,6 +22,7 @@ VARIABLE = "DBLLM_KERNEL"
 REFERENCE = "reference"
 _SETS = ("avx512", "avx2", "neon", "portable")
 _WORD_INPUTS = 32
+_BLOCK_ROWS = 64
 
 # The operators are defined here and implemented by the library, for CPU tensors alone.
 _OPERATORS = torch.library.Library("dbllm", "FRAGMENT")
@@ -34,6 +35,13 @@ _OPERATORS.define(
 )
 _OPERATORS.define(
     "distillation_cpu(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)"
+)
+_OPERATORS.define(
+    "plane_levels_cpu(Tensor planes, Tensor alpha, int in_features, int group_size, bool bfloat16)"
+    " -> Tensor"
+)
+_OPERATORS.define(
+    "plane_gradients_cpu(Tensor dense, Tensor planes, Tensor alpha, int group_size) -> Tensor"
 )
 _OPERATORS.define(
     "latent_levels_cpu(Tensor latent, Tensor alpha, int group_size, bool bfloat16) -> Tensor"
@@ -88,7 +96,8 @@ class CpuKernels:
 
         Args:
             weight: planes, uint8 `[2, out, ceil(in / 8)]` on the CPU.
-            alpha: scales, float16 `[2, out, groups]` on the CPU.
+            alpha: scales, and the offset where there is one, float16 `[2 or 3, out, groups]` on the
+                CPU.
             in_features: inputs of the layer.
             group_size: a multiple of 32.
 
@@ -99,20 +108,38 @@ class CpuKernels:
         shape = (in_features, weight.shape[1], group_size)
         tiles = torch.zeros(self.tiles_bytes(*shape), dtype=torch.uint8, device="cpu")
         self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 1)
-        return tiles
+        return tiles if len(alpha) == 2 else torch.cat((tiles, _offset_blocks(alpha[2])))
 
     def from_tiles(
         self, tiles: Tensor, in_features: int, out_features: int, group_size: int
     ) -> tuple[Tensor, Tensor]:
         """The inverse of `to_tiles`: planes and scales."""
         row_bytes = -(-in_features // 8)
-        tiles = tiles.cpu()
+        length = self.tiles_bytes(in_features, out_features, group_size)
+        tiles, blocks = tiles.cpu().tensor_split([length])
         weight = torch.zeros(2, out_features, row_bytes, dtype=torch.uint8, device="cpu")
         groups = -(-in_features // group_size)
         alpha = torch.zeros(2, out_features, groups, dtype=torch.float16, device="cpu")
         shape = (in_features, out_features, group_size)
         self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 0)
+        if len(blocks) > 0:
+            alpha = torch.cat((alpha, _offsets_of_blocks(blocks, out_features, groups)))
         return weight, alpha
+
+
+def _offset_blocks(beta: Tensor) -> Tensor:
+    """Offsets float16 `[out, groups]` as bytes, group by group in every block of rows."""
+    out_features, groups = beta.shape
+    padded = torch.nn.functional.pad(beta, (0, 0, 0, -out_features % _BLOCK_ROWS))
+    blocks = padded.view(-1, _BLOCK_ROWS, groups).transpose(1, 2)
+    return blocks.contiguous().flatten().view(torch.uint8)
+
+
+def _offsets_of_blocks(blocks: Tensor, out_features: int, groups: int) -> Tensor:
+    """The inverse of `_offset_blocks`: `[1, out, groups]`."""
+    # A copy, since float16 must lie at even addresses.
+    halves = blocks.clone().view(torch.float16).view(-1, groups, _BLOCK_ROWS)
+    return halves.transpose(1, 2).reshape(1, -1, groups)[:, :out_features]
 
 
 @cache

@@ -1,9 +1,9 @@
 """The packed product on a GPU, in Triton: planes and scales are read as files hold them.
 
-Both kernels unpack a tile of `w = alpha1·b1 + alpha2·b2` (DB-LLM, arXiv 2402.11960, Flexible Dual
-Binarization) in registers and never write the dense matrix: one adds products as they come, for
-the few rows of decoding, the other multiplies on tensor cores. All sums are float32, and their
-order depends on dtype and shapes alone.
+Both kernels unpack a tile of `w = alpha1·b1 + alpha2·b2 + beta` (DB-LLM, arXiv 2402.11960, Flexible
+Dual Binarization; beta where there is an offset) in registers and never write the dense matrix:
+one adds products as they come, for the few rows of decoding, the other multiplies on tensor cores.
+All sums are float32, and their order depends on dtype and shapes alone.
 
 Importing this module imports Triton.
 """
@@ -64,12 +64,13 @@ def fdb_linear_gpu(
     group_size: int,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """`y = alpha1·(b1 x) + alpha2·(b2 x) + bias`, as `dbllm_cli.kernels.operator.fdb_linear`.
+    """The product, as `dbllm_cli.kernels.operator.fdb_linear`.
 
     Args:
         x: input, float32, bfloat16 or float16 `[..., in]`, with any strides.
         weight: planes b1 and b2, uint8 `[2, out, ceil(in / 8)]`, least significant bit first.
-        alpha: scales alpha1 and alpha2, floating `[2, out, groups]`.
+        alpha: scales alpha1 and alpha2, and the offset beta where there is one, floating
+            `[2 or 3, out, groups]`.
         bias: `[out]`, or None.
         group_size: inputs that share two scales, a multiple of 8; the last group may be shorter.
         blocks: in place of `choose_blocks`.
@@ -82,9 +83,10 @@ def fdb_linear_gpu(
         ValueError: the tensors do not fit each other, or groups do not end with a byte.
     """
     in_features, out_features = x.shape[-1], weight.shape[1]
+    groups = -(-in_features // group_size)
     for name, tensor, shape in (
         ("planes", weight, (2, out_features, -(-in_features // 8))),
-        ("scales", alpha, (2, out_features, -(-in_features // group_size))),
+        ("scales", alpha, (3 if len(alpha) == 3 else 2, out_features, groups)),
         ("a bias", bias, (out_features,)),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.device != x.device):
@@ -136,6 +138,7 @@ def _launch(
         bits=bits,
         group_words=group_size // bits,
         whole=in_features % blocks.inputs == 0,
+        offset=len(alpha) == 3,
         block_rows=blocks.rows,
         block_out=blocks.outputs,
         block_words=blocks.inputs // bits,
@@ -163,6 +166,7 @@ def _unpack(
     bits: tl.constexpr,
     group_words: tl.constexpr,
     whole: tl.constexpr,
+    offset: tl.constexpr,
 ) -> tl.tensor:
     """Weights of these outputs `[outs]` and words `[words]`: float32 `[bits, outs, words]`.
 
@@ -179,7 +183,11 @@ def _unpack(
     shift = tl.arange(0, bits)[:, None, None]
     on1 = ((words1[None, :, :] >> shift) & 1) != 0
     on2 = ((words2[None, :, :] >> shift) & 1) != 0
-    return tl.where(on1, scales1[None, :, :], 0.0) + tl.where(on2, scales2[None, :, :], 0.0)
+    weights = tl.where(on1, scales1[None, :, :], 0.0) + tl.where(on2, scales2[None, :, :], 0.0)
+    if offset:
+        beta = _load(at + 2 * plane_groups, inside, whole).to(tl.float32)
+        weights += beta[None, :, :]
+    return weights
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -218,6 +226,7 @@ def _decode(
     bits: tl.constexpr,
     group_words: tl.constexpr,
     whole: tl.constexpr,
+    offset: tl.constexpr,
     block_rows: tl.constexpr,
     block_out: tl.constexpr,
     block_words: tl.constexpr,
@@ -237,7 +246,7 @@ def _decode(
         inputs = _load(at, (column < in_features)[None, :, :], whole).to(tl.float32)
         weights = _unpack(
             weight, alpha, read_output, word, row_words, groups, plane_words, plane_groups,
-            bits, group_words, whole,
+            bits, group_words, whole, offset,
         )  # fmt: skip
         partial += tl.sum(inputs[:, :, None, :] * weights[None, :, :, :], 1)
     _store(result, tl.sum(partial, 2), bias, row, output, rows, out_features)
@@ -260,6 +269,7 @@ def _prefill(
     bits: tl.constexpr,
     group_words: tl.constexpr,
     whole: tl.constexpr,
+    offset: tl.constexpr,
     block_rows: tl.constexpr,
     block_out: tl.constexpr,
     block_words: tl.constexpr,
@@ -277,7 +287,7 @@ def _prefill(
         inputs = _load(at, (column < in_features)[None, :], whole)
         weights = _unpack(
             weight, alpha, read_output, start + tl.arange(0, block_words), row_words, groups,
-            plane_words, plane_groups, bits, group_words, whole,
+            plane_words, plane_groups, bits, group_words, whole, offset,
         )  # fmt: skip
         weights = tl.permute(weights.to(x.dtype.element_ty), (2, 0, 1))
         weights = tl.reshape(weights, [block_words * bits, block_out])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dbllm_cli.kernels.cpu import cpu_kernels
 
-_DENSE_DTYPES = (torch.float32, torch.bfloat16)
+DENSE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def can_round_latents(latent: Tensor, alpha: Tensor, dtype: torch.dtype) -> bool:
@@ -16,7 +16,7 @@ def can_round_latents(latent: Tensor, alpha: Tensor, dtype: torch.dtype) -> bool
     return (
         latent.device.type == alpha.device.type == "cpu"
         and latent.dtype == alpha.dtype == torch.float32
-        and dtype in _DENSE_DTYPES
+        and dtype in DENSE_DTYPES
         and cpu_kernels() is not None
     )
 
@@ -26,8 +26,9 @@ def latent_levels(latent: Tensor, alpha: Tensor, group_size: int, dtype: torch.d
 
     Args:
         latent: float32 `[out, in]`.
-        alpha: scales with `alpha2 <= 0 <= alpha1`, float32 `[2, out, groups]`.
-        group_size: inputs that share two scales.
+        alpha: scales with `alpha2 <= 0 <= alpha1`, and the offset beta where there is one, float32
+            `[2 or 3, out, groups]`.
+        group_size: inputs that share their scales.
         dtype: of the result, float32 or bfloat16.
 
     Returns:
@@ -42,13 +43,13 @@ def latent_levels(latent: Tensor, alpha: Tensor, group_size: int, dtype: torch.d
 def latent_gradients(
     dense: Tensor, latent: Tensor, alpha: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Straight-through gradients: to latent weights, and to the scales the sums over each plane.
+    """Straight-through gradients, those of the scales summed over each plane, and of beta over all.
 
     Args:
         dense: gradient of the dense weights, float32 or bfloat16 `[out, in]`.
         latent: as given to `latent_levels`.
         alpha: as given to `latent_levels`.
-        group_size: inputs that share two scales.
+        group_size: inputs that share their scales.
 
     Returns:
         float32 gradients of `latent` and `alpha`.

@@ -22,12 +22,13 @@ from dbllm_cli.kernels.reference import dequantize, fdb_linear_reference
 def fdb_linear(
     x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    """The product of a packed layer: `y = alpha1·(b1 x) + alpha2·(b2 x) + bias`.
+    """The product of a packed layer: `y = alpha1·(b1 x) + alpha2·(b2 x) + beta·(1 x) + bias`.
 
     Args:
         x: input, float32, bfloat16 or float16 `[..., in]`.
         weight: planes b1 and b2, uint8 `[2, out, ceil(in / 8)]`, least significant bit first.
-        alpha: scales alpha1 and alpha2, floating `[2, out, groups]`.
+        alpha: scales alpha1 and alpha2, and the offset beta where there is one, floating
+            `[2 or 3, out, groups]`.
         bias: `[out]` of x's dtype, or None.
         group_size: inputs that share two scales; the last group may be shorter.
 

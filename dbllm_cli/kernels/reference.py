@@ -29,13 +29,13 @@ def unpack_planes(weight: Tensor, in_features: int, dtype: torch.dtype) -> Tenso
 def dequantize(
     weight: Tensor, alpha: Tensor, in_features: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """The dense matrix `alpha1·b1 + alpha2·b2` (DB-LLM, eq. of Flexible Dual Binarization).
+    """The dense matrix `alpha1·b1 + alpha2·b2` (DB-LLM, eq. of Flexible Dual Binarization), + beta.
 
     Args:
         weight: planes, uint8 `[2, out, ceil(in_features / 8)]`.
-        alpha: scales, floating `[2, out, groups]`.
+        alpha: scales, and the offset beta where there is one, floating `[2 or 3, out, groups]`.
         in_features: inputs of the layer.
-        group_size: inputs that share two scales; the last group may be shorter.
+        group_size: inputs that share their scales; the last group may be shorter.
         dtype: dtype of the result; sums are made in float32 and rounded once.
 
     Returns:
@@ -49,6 +49,8 @@ def dequantize(
     grouped = planes.view(2, out_features, groups, group_size)
     scales = alpha.to(torch.float32).unsqueeze(-1)
     dense = torch.addcmul(grouped[0] * scales[0], grouped[1], scales[1])
+    if len(scales) == 3:
+        dense += scales[2]
     return dense.to(dtype).view(out_features, -1)[:, :in_features]
 
 

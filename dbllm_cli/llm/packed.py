@@ -1,13 +1,14 @@
 """Folders of quantized models: an fdb artifact is one, with latent weights beside it.
 
-`<layer>.weight` is uint8 `[2, out, ceil(in / 8)]` and `<layer>.alpha` float16 `[2, out, groups]`,
-or in another `scale_format` (`fdb.scales`): `float8` codes, uint8, beside `<layer>.row_scale`
-float16 `[out]`; `tied` float16 `[1, out, groups]`. Every other tensor has the model's own name.
+`<layer>.weight` is uint8 `[2, out, ceil(in / 8)]` and `<layer>.alpha` what `fdb.scales` stores:
+float16 `[2, out, groups]`, of tied levels `[1, out, groups]`, with an offset codes, uint16
+`[1, out, groups]`, beside `<layer>.row_exponent` int8 `[out]`. Every other tensor has the model's
+own name.
 """
 
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,7 @@ from torch import Tensor
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.scales import (
-    ScaleFormat,
-    decode_scales,
-    encode_scales,
-    join_tied,
-    split_tied,
-)
+from dbllm_cli.fdb.scales import LevelKind, expand_scales, stored_scales
 from dbllm_cli.fdb.training import latent_start
 from dbllm_cli.kernels import quantize_rows
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
@@ -40,7 +35,8 @@ from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 LATENTS = "latents"
 QuantizedLayer = tuple[str, QuantizedMatrix, Tensor | None]
 """Name, planes and scales, and the latent weights to keep, or None."""
-_ROW_SCALE = ".row_scale"
+_ROW_EXPONENT = ".row_exponent"
+_LAYER_TENSORS = {".weight", ".alpha", _ROW_EXPONENT}
 
 
 class PackedFolder:
@@ -64,7 +60,7 @@ class PackedFolder:
         except NewerFormatError as error:
             raise ArtifactMissingError(f"{folder}: {error}", "upgrade dbllm") from error
         self.group_size = config.group_size
-        self.scale_format: ScaleFormat = config.scale_format or "float16"
+        self.levels: LevelKind = config.levels or "plain"
         has_latents = any(folder.glob(f"{LATENTS}*.safetensors"))
         self.latents = TensorFolder(folder, LATENTS) if has_latents else None
 
@@ -84,21 +80,19 @@ class PackedFolder:
         out_features = weight.shape[1]
         groups = group_count(in_features, self.group_size)
         fits = weight.shape == (2, out_features, -(-in_features // 8))
-        tied, coded = self.scale_format == "tied", self.scale_format == "float8"
-        fits &= alpha.shape == (1 if tied else 2, out_features, groups)
-        fits &= (alpha.dtype == torch.uint8) == coded
-        if not fits or (coded and f"{name}{_ROW_SCALE}" not in self.tensors):
+        coded = self.levels == "offset"
+        fits &= alpha.shape == (2 if self.levels == "plain" else 1, out_features, groups)
+        fits &= (alpha.dtype == torch.uint16) == coded
+        if not fits or (coded and f"{name}{_ROW_EXPONENT}" not in self.tensors):
             raise ArtifactCorruptError(
                 f"layer {name} of {self.folder} has planes {tuple(weight.shape)} and scales "
                 f"{tuple(alpha.shape)} of {alpha.dtype}, which do not fit {in_features} inputs "
-                f"and {self.scale_format} scales",
+                f"and {self.levels} levels",
                 "make the artifact again",
             )
-        if tied:
-            alpha = split_tied(alpha)
-        if coded:
-            alpha = decode_scales(alpha, self.tensors.get(f"{name}{_ROW_SCALE}"))
-        return QuantizedMatrix(weight, alpha, in_features, self.group_size, tied)
+        exponents = self.tensors.get(f"{name}{_ROW_EXPONENT}") if coded else None
+        alpha = expand_scales(alpha, exponents)
+        return QuantizedMatrix(weight, alpha, in_features, self.group_size, self.levels)
 
     def latent(self, name: str, quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
         """Latent weights to train from, float32 `[out, in]`: stored ones, else the teacher's.
@@ -116,7 +110,8 @@ class PackedFolder:
         """Every tensor that is not a plane or a scale."""
         quantized = set(self.layer_names())
         for name, tensor in self.tensors.items():
-            if not _is_alpha(name) and name.removesuffix(".weight") not in quantized:
+            layer = name.rpartition(".")[0]
+            if not (layer in quantized and name.removeprefix(layer) in _LAYER_TENSORS):
                 yield name, tensor
 
 
@@ -133,8 +128,9 @@ def _is_alpha(name: str) -> bool:
 
 def layer_tensors(name: str, quantized: QuantizedMatrix) -> list[tuple[str, Tensor]]:
     """A layer's tensors under the names that packed models store."""
-    alpha = join_tied(quantized.alpha) if quantized.tied else quantized.alpha
-    return [(f"{name}.weight", quantized.weight), (f"{name}.alpha", alpha)]
+    alpha, exponents = stored_scales(quantized.alpha, quantized.levels)
+    tensors = [(f"{name}.weight", quantized.weight), (f"{name}.alpha", alpha)]
+    return tensors if exponents is None else [*tensors, (f"{name}{_ROW_EXPONENT}", exponents)]
 
 
 def quantized_config(
@@ -142,7 +138,7 @@ def quantized_config(
     group_size: int,
     kept: Sequence[str],
     dtype: str,
-    scale_format: ScaleFormat = "float16",
+    levels: LevelKind = "plain",
 ) -> dict[str, Any]:
     """config.json of a quantized model: the model's own with `quantization_config` added."""
     own = {key: value for key, value in config.items() if key != "torch_dtype"}
@@ -152,18 +148,13 @@ def quantized_config(
         "group_size": group_size,
         "modules_to_not_convert": sorted(kept),
     }
+    if levels != "plain":
+        settings |= {"levels": levels, "format_version": NEWEST_FORMAT}
     return {
         **own,
         "dtype": dtype,
-        "quantization_config": settings | scale_settings(scale_format),
+        "quantization_config": settings,
     }
-
-
-def scale_settings(scale_format: ScaleFormat) -> dict[str, Any]:
-    """What a `quantization_config` says of its scales."""
-    if scale_format == "float16":
-        return {}
-    return {"scale_format": scale_format, "format_version": NEWEST_FORMAT}
 
 
 def write_json(path: Path, data: object) -> None:
@@ -245,22 +236,3 @@ def int8_embedding_tensors(
     names = embedding_names(model)
     for name, tensor in student.tensors.items():
         yield name, quantize_rows(tensor) if name in names else tensor
-
-
-def coded_scale_tensors(
-    tensors: Iterable[tuple[str, Tensor]], layers: Collection[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, the scales of the layers in 8 bits (`fdb.scales`)."""
-    for name, tensor in tensors:
-        layer = name.removesuffix(".alpha")
-        if _is_alpha(name) and layer in layers:
-            codes, row_scale = encode_scales(tensor)
-            yield name, codes
-            yield layer + _ROW_SCALE, row_scale
-        else:
-            yield name, tensor
-
-
-def coded_scale_bits(alpha: Tensor) -> int:
-    """Bits of a layer's scales as `coded_scale_tensors` stores them; `alpha` `[2, out, groups]`."""
-    return alpha.numel() * 8 + alpha.shape[1] * 16

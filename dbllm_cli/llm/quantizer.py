@@ -10,15 +10,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dbllm_cli.fdb.linear import FdbLinear
-from dbllm_cli.fdb.scales import ScaleFormat
+from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks, layer_shape
 from dbllm_cli.llm.decoder_blocks import use_block_kernels
 from dbllm_cli.llm.embeddings import use_int8_embeddings
 
 FORMAT_VERSION = 1
-NEWEST_FORMAT = 2
-"""The first with scale formats; written for these alone, so that older dbllm read the rest."""
+NEWEST_FORMAT = 3
+"""The first with other levels than plain; written for these alone, so that older dbllm read the
+rest. Version 2 had scales in 8 bits and is not read any more."""
 
 
 class NewerFormatError(ValueError):
@@ -29,11 +30,11 @@ class DbllmConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed model's config.json.
 
     Args:
-        group_size: inputs that share two scales.
+        group_size: inputs that share their scales.
         modules_to_not_convert: full names of linear layers in the blocks that are not quantized.
         format_version: of the tensors; a newer one is refused.
         embedding_bits: 8 where embeddings and output layer are `kernels.quantize_rows`'.
-        scale_format: of `fdb.scales`; float16 when absent, others from format 2 on.
+        levels: of `fdb.scales`; plain when absent.
 
     Raises:
         NewerFormatError: the folder was written by a newer dbllm.
@@ -45,14 +46,16 @@ class DbllmConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
         embedding_bits: int | None = None,
-        scale_format: ScaleFormat | None = None,
+        levels: LevelKind | None = None,
         **kwargs: Any,
     ) -> None:
         del kwargs
         if embedding_bits not in (None, 8):
             raise ValueError(f"embeddings in {embedding_bits} bits are not known here: 8 or none")
-        if scale_format not in (None, *get_args(ScaleFormat)):
-            raise ValueError(f"scales in the format {scale_format} are not known here")
+        if levels not in (None, *get_args(LevelKind)):
+            raise ValueError(f"{levels} levels are not known here")
+        if format_version == 2:
+            raise ValueError("packed format 2 is not read any more: make the artifact again")
         if format_version > NEWEST_FORMAT:
             raise NewerFormatError(
                 f"packed format {format_version} is newer than the {NEWEST_FORMAT} read here: "
@@ -62,7 +65,7 @@ class DbllmConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.group_size = group_size
         self.embedding_bits = embedding_bits
-        self.scale_format = scale_format
+        self.levels = levels
         self.modules_to_not_convert = list(modules_to_not_convert or ())
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,9 +84,8 @@ class DbllmQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         del kwargs
         settings = self.quantization_config
-        scale_format: ScaleFormat = settings.scale_format or "float16"
         kept = settings.modules_to_not_convert
-        convert_layers(model, settings.group_size, kept, scale_format)
+        convert_layers(model, settings.group_size, kept, settings.levels or "plain")
         if settings.embedding_bits is not None:
             use_int8_embeddings(model)
         return model
@@ -120,15 +122,15 @@ class DbllmQuantizer(HfQuantizer):
 
 
 def convert_layers(
-    model: nn.Module, group_size: int, kept: list[str], scale_format: ScaleFormat = "float16"
+    model: nn.Module, group_size: int, kept: list[str], levels: LevelKind = "plain"
 ) -> None:
     """Replace the linear layers of the decoder blocks by empty FdbLinear of the same shape.
 
     Args:
         model: on the meta device, or loaded.
-        group_size: inputs that share two scales.
+        group_size: inputs that share their scales.
         kept: full names of layers to leave; a headless model's shorter names match them too.
-        scale_format: in which the scales are stored.
+        levels: which scales the groups have.
     """
     for name, module in list(find_blocks(model).linear_layers()):
         if any(skip == name or skip.endswith(f".{name}") for skip in kept):
@@ -144,7 +146,7 @@ def convert_layers(
             bias is not None,
             weight.dtype,
             weight.device,
-            scale_format,
+            levels,
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dbllm_cli.fdb.losses import relative_token_error
 from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.llm.streaming import StreamedModel
 from dbllm_cli.llm.tensors import TensorFolder, save_tensors
@@ -91,7 +92,7 @@ def keep_layers(
 
 
 def finished_layers(
-    model: StreamedModel, scratch: Path, group_size: int, tied: bool = False
+    model: StreamedModel, scratch: Path, group_size: int, levels: LevelKind
 ) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
     """Full name, planes and scales, and latent weights or None, of every layer that was kept."""
     for index in range(len(model.blocks)):
@@ -104,7 +105,7 @@ def finished_layers(
             in_features, _ = layer_shape(model.model.get_submodule(full))
             weight, alpha = tensors.get(f"{name}.weight"), tensors.get(key)
             latent = tensors.get(f"{name}.latent") if f"{name}.latent" in tensors else None
-            matrix = QuantizedMatrix(weight, alpha, in_features, group_size, tied)
+            matrix = QuantizedMatrix(weight, alpha, in_features, group_size, levels)
             yield full, matrix, latent
 
 

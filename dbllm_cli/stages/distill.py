@@ -183,7 +183,7 @@ class _Trainer:
         if not len(self.calibration.held_out):
             return
         losses = []
-        with self._others_as_stored():
+        with self._as_stored():
             for batch in self.calibration.held_out.split(self.config.batch_size):
                 _, outcome = self._forward(batch.to(self.ctx.device))
                 losses.append(float(outcome.plain) * len(batch))
@@ -201,16 +201,20 @@ class _Trainer:
             self.worse += 1
 
     @contextmanager
-    def _others_as_stored(self) -> Iterator[None]:
-        """The unquantized parameters rounded to the dtype of the artifact."""
-        exact = {id(parameter): parameter.data for parameter in self.others.values()}
-        for parameter in self.others.values():
+    def _as_stored(self) -> Iterator[None]:
+        """Scales and unquantized parameters rounded to what the artifact holds."""
+        others = list(self.others.values())
+        scales = [layer.alpha for layer in self.layers.values()]
+        exact = [(parameter, parameter.data) for parameter in (*others, *scales)]
+        for parameter in others:
             parameter.data = parameter.data.to(self.stored_dtype).to(parameter.dtype)
+        for layer in self.layers.values():
+            layer.alpha.data = layer.stored_scales()
         try:
             yield
         finally:
-            for parameter in self.others.values():
-                parameter.data = exact[id(parameter)]
+            for parameter, data in exact:
+                parameter.data = data
 
     def _weights(self) -> dict[str, Tensor]:
         return {n: t for n, t in self.optimizer.state_tensors().items() if ":" not in n}

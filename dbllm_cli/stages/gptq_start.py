@@ -80,7 +80,9 @@ class GptqStart:
 
     def finished_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
         """Full name, planes and scales, and latent weights of every layer, read from scratch."""
-        return finished_layers(self.model, self.ctx.scratch, self.config.group_size)
+        return finished_layers(
+            self.model, self.ctx.scratch, self.config.group_size, self.config.levels
+        )
 
     def _quantize_block(self, index: int, streams: BlockStreams) -> float:
         """Quantize one block; the streams move on to its outputs. Its relative error."""
@@ -131,7 +133,7 @@ class GptqStart:
             )
             for name in together:
                 module = block.get_submodule(name)
-                layers[name] = _quantize(f"{prefix}.{name}", module, gram, self.config.group_size)
+                layers[name] = _quantize(f"{prefix}.{name}", module, gram, self.config)
                 bias = cast("Tensor | None", getattr(module, "bias", None))
                 replace_module(block, name, FdbLinear.holding(layers[name].quantized, bias))
         return layers
@@ -152,13 +154,13 @@ class GptqStart:
         return shared
 
 
-def _quantize(name: str, module: nn.Module, gram: Tensor, group_size: int) -> Compensated:
+def _quantize(name: str, module: nn.Module, gram: Tensor, config: InitFdbConfig) -> Compensated:
     weight = cast(Tensor, module.weight)
     require_finite(f"{name}.weight", weight)
     matrix = matrix_of(module, weight).to(torch.float32)
     # Autocast is for the blocks' products.
     with names_layer(name), torch.autocast(gram.device.type, enabled=False):
-        return quantize_compensated(matrix, gram, group_size)
+        return quantize_compensated(matrix, gram, config.group_size, config.levels)
 
 
 @contextmanager

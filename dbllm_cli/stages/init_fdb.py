@@ -12,7 +12,6 @@ from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
-from dbllm_cli.fdb.scales import ScaleFormat
 from dbllm_cli.llm.blocks import find_blocks, matrix_of, select_layers
 from dbllm_cli.llm.models import (
     Model,
@@ -94,9 +93,9 @@ def _quantize(
     name: str, matrix: Tensor, config: InitFdbConfig, importance: Tensor | None
 ) -> QuantizedMatrix:
     on_device = None if importance is None else importance.to(matrix.device)
-    alpha = fit_scales(matrix, config.group_size, config.method, on_device, config.tied)
+    alpha = fit_scales(matrix, config.group_size, config.method, on_device, config.levels)
     with names_layer(name):
-        return quantize_matrix(matrix, alpha, config.group_size, config.tied)
+        return quantize_matrix(matrix, alpha, config.group_size, config.levels)
 
 
 def _write_tensors(
@@ -122,6 +121,5 @@ def _write_tensors(
 def _write_files(folder: Path, out: Path, config: InitFdbConfig, kept: list[str]) -> None:
     copy_other_files(folder, out)
     own: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    scale_format: ScaleFormat = "tied" if config.tied else "float16"
-    settings = quantized_config(own, config.group_size, kept, config.dtype, scale_format)
+    settings = quantized_config(own, config.group_size, kept, config.dtype, config.levels)
     write_json(out / "config.json", settings)

@@ -41,7 +41,7 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         f"- {sizes['quantized_weights']:,} quantized weights, {bits} bits each when packed",
         f"- {sizes['weight_bytes']:,} bytes of tensors in all",
         *_embeddings(sizes["embeddings"]),
-        *_scales(sizes["scales"]),
+        *_levels(sizes["levels"]),
         "",
         "## Made by",
         "",
@@ -61,9 +61,9 @@ def _embeddings(kind: str) -> list[str]:
     return ["- embeddings and output layer in 8 bits; the figures of an fdb are from before that"]
 
 
-def _scales(kind: str) -> list[str]:
+def _levels(kind: str) -> list[str]:
     notes = {
-        "float8": "- scales in 8 bits; the figures of an fdb are from before that",
+        "offset": "- two scales and an offset per group, in 16 bits",
         "tied": "- one scale per group, levels -d, 0, d and 2d",
     }
     return [notes[kind]] if kind in notes else []

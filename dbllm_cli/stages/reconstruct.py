@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,14 @@ from dbllm_cli.store import Artifact
 _BATCHES_BEFORE = 4
 
 
+class _NextBlock(NamedTuple):
+    """The full-precision block after the one that trains, and its output in the teacher."""
+
+    place: int
+    block: nn.Module
+    targets: Tensor
+
+
 def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
     """Train the blocks in order and make the fdb artifact that results.
 
@@ -53,8 +61,7 @@ def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context)
     calibration = open_calibration(inputs["calibration"])
     report = training.train_all(calibration.train[: config.num_samples])
     student = training.student
-    tied = student.scale_format == "tied"
-    finished = finished_layers(training.model, ctx.scratch, student.group_size, tied)
+    finished = finished_layers(training.model, ctx.scratch, student.group_size, student.levels)
     kept = (
         (n, quantized, latent if config.keep_latents else None) for n, quantized, latent in finished
     )
@@ -114,7 +121,10 @@ class _BlockTraining:
         block, layers = self._student_block(index, teacher)
         self.model.drop_block(index)
         before = self._error_before(index, block, streams.student, targets)
-        self._optimize(index, block, layers, streams.student, targets, task)
+        following = self._next_block(index, targets)
+        self._optimize(index, block, layers, streams.student, targets, following, task)
+        if following is not None:
+            self.model.drop_block(following.place)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
         for name, layer in layers.items():
             replace_module(block, name, FdbLinear.holding(quantized[name], layer.bias))
@@ -125,6 +135,21 @@ class _BlockTraining:
         keep_layers(self.ctx.scratch, index, quantized, latents)
         streams.teacher, streams.student = targets, output
         return {"error_before": round(before, 6), "error_after": round(after, 6)}
+
+    def _next_block(self, index: int, targets: Tensor) -> _NextBlock | None:
+        """What a window of two blocks needs; the last block has a window of its own."""
+        following = index + 1
+        if self.config.window == 1 or following == len(self.model.blocks):
+            return None
+        block = self.model.load_block(following)
+        with autocast(self.ctx.device, self.config.compute_dtype):
+            output = self.model.run_all(following, block, targets, self.config.batch_size)
+        return _NextBlock(following, block, output)
+
+    def _run_next(self, following: _NextBlock | None, hidden: Tensor) -> Tensor | None:
+        if following is None:
+            return None
+        return self.model.run_block(following.place, following.block, hidden)
 
     def _error_before(
         self, index: int, block: nn.Module, entering: Tensor, targets: Tensor
@@ -181,6 +206,7 @@ class _BlockTraining:
         layers: Mapping[str, LatentLinear],
         entering: Tensor,
         targets: Tensor,
+        following: _NextBlock | None,
         task: Task,
     ) -> None:
         """Train the layers."""
@@ -191,7 +217,10 @@ class _BlockTraining:
         for step, chosen in enumerate(self._batches(index, len(entering))):
             with autocast(self.ctx.device, self.config.compute_dtype):
                 output = self.model.run_block(index, block, entering[chosen].to(device))
+                beyond = self._run_next(following, output)
             loss = relative_token_error(output, targets[chosen].to(device))
+            if following is not None and beyond is not None:
+                loss = loss + relative_token_error(beyond, following.targets[chosen].to(device))
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise StageFailedError(

@@ -38,7 +38,7 @@ def test_no_setting_takes_the_option_of_another_parameter(spec: StageSpec) -> No
 
 
 def test_bounds_stand_in_the_help(dbllm: DbllmCall) -> None:
-    assert "(> 0, multiple\n" in dbllm("init-fdb", "--help").out
+    assert "multiple of 8)" in dbllm("init-fdb", "--help").out
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_every_wrong_value_is_told_at_once(dbllm: DbllmCall, model: str) -> None
 def test_options_reach_the_stage_as_settings(
     dbllm: DbllmCall, stage_calls: list[Call], model: str
 ) -> None:
-    dbllm("init-fdb", "model", "--group-size", "32", "--method", "mse")
+    dbllm("init-fdb", "model", "--group-size", "32", "--method", "mse", "--levels", "plain")
 
-    assert stage_calls[0].config == InitFdbConfig(group_size=32, method="mse")
+    assert stage_calls[0].config == InitFdbConfig(group_size=32, method="mse", levels="plain")
 
 
 def test_a_setting_with_many_values_is_a_repeated_option(

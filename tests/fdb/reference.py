@@ -20,7 +20,7 @@ def paper_planes(weight: float, alpha1: float, alpha2: float) -> tuple[int, int]
 
 
 def dense(planes: Array, alpha: Array, group_size: int) -> Array:
-    """Planes `[2, out, in]` and scales `[2, out, groups]` as a matrix."""
+    """Planes `[2, out, in]` and scales `[2 or 3, out, groups]` as a matrix."""
     _, rows, columns = planes.shape
     result = np.zeros((rows, columns))
     for row in range(rows):
@@ -29,6 +29,7 @@ def dense(planes: Array, alpha: Array, group_size: int) -> Array:
             result[row, column] = (
                 alpha[0, row, group] * planes[0, row, column]
                 + alpha[1, row, group] * planes[1, row, column]
+                + alpha[2:, row, group].sum()
             )
     return result
 

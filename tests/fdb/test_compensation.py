@@ -6,7 +6,8 @@ from torch import Tensor
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.compensation import quantize_compensated
 from dbllm_cli.fdb.fit import fit_scales
-from dbllm_cli.fdb.quantized import quantize_matrix, round_scales
+from dbllm_cli.fdb.quantized import quantize_matrix
+from dbllm_cli.fdb.scales import LevelKind
 
 
 def _layer(inputs: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -24,14 +25,15 @@ def _output_error(dense: Tensor, matrix: Tensor, tokens: Tensor) -> float:
     return float((tokens.double() @ dense.double().T - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("levels", ["plain", "offset"])
 @pytest.mark.parametrize(("inputs", "group_size"), [(128, 64), (172, 64), (96, 32), (40, 64)])
 def test_the_output_is_nearer_than_that_of_weights_rounded_one_by_one(
-    inputs: int, group_size: int
+    inputs: int, group_size: int, levels: LevelKind
 ) -> None:
     matrix, tokens = _layer(inputs, 48)
-    compensated = quantize_compensated(matrix, tokens.T @ tokens, group_size).quantized
-    alpha = fit_scales(matrix, group_size, "als", tokens.square().mean(0))
-    plain = quantize_matrix(matrix, alpha, group_size)
+    compensated = quantize_compensated(matrix, tokens.T @ tokens, group_size, levels).quantized
+    alpha = fit_scales(matrix, group_size, "als", tokens.square().mean(0), levels)
+    plain = quantize_matrix(matrix, alpha, group_size, levels)
     errors = [_output_error(q.dense(), matrix, tokens) for q in (compensated, plain)]
     assert errors[0] < 0.8 * errors[1]
 
@@ -65,16 +67,23 @@ def _compensated_columns(matrix: Tensor, gram: Tensor, alpha: Tensor) -> np.ndar
     return seen
 
 
-def test_latent_weights_are_what_was_rounded_and_have_the_stored_codes() -> None:
+@pytest.mark.parametrize("levels", ["plain", "offset"])
+def test_latent_weights_have_the_stored_codes(levels: LevelKind) -> None:
+    matrix, tokens = _layer(100, 12)
+    quantized, latent = quantize_compensated(matrix, tokens.T @ tokens, 32, levels)
+    again = quantize_matrix(latent, quantized.alpha.float(), 32, levels)
+    assert torch.equal(again.weight, quantized.weight)
+    assert torch.equal(again.alpha, quantized.alpha)
+
+
+def test_latent_weights_are_what_was_rounded() -> None:
     matrix, tokens = _layer(24, 8)
     gram = tokens.T @ tokens / len(tokens)
-    quantized, latent = quantize_compensated(matrix, gram, 24)
-    again = quantize_matrix(latent, quantized.alpha.float(), 24)
-    assert torch.equal(again.weight, quantized.weight)
+    latent = quantize_compensated(matrix, gram, 24).latent
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(24)
     inverse = np.linalg.inv(damped.double().numpy())
     cost = 1 / np.square(np.diagonal(np.linalg.cholesky(inverse)))
-    alpha = round_scales(fit_scales(matrix, 24, "als", torch.from_numpy(cost).float()))
+    alpha = fit_scales(matrix, 24, "als", torch.from_numpy(cost).float())
     expected = _compensated_columns(matrix, damped, alpha)
     apart = np.abs(latent.double().numpy() - expected)
     # Some are drawn into their cells, whose borders moved when the scales were fitted once more.
@@ -89,27 +98,32 @@ def _best_scales(matrix: Tensor, planes: Tensor, gram: Tensor, group_size: int) 
     groups = -(-inputs // group_size)
     errors = []
     for row in range(outputs):
-        design = np.zeros((inputs, 2 * groups))
+        scales = len(planes)
+        design = np.zeros((inputs, scales * groups))
         for column in range(inputs):
-            for plane in range(2):
-                design[column, 2 * (column // group_size) + plane] = planes[plane, row, column]
+            for plane in range(scales):
+                at = scales * (column // group_size) + plane
+                design[column, at] = planes[plane, row, column]
         target = root @ matrix[row].double().numpy()
         found = np.linalg.lstsq(root @ design, target, rcond=None)[0]
         errors.append(np.square(root @ design @ found - target).sum())
     return np.array(errors)
 
 
-def test_no_other_scales_serve_the_planes_better() -> None:
+@pytest.mark.parametrize("levels", ["plain", "offset"])
+def test_no_other_scales_serve_the_planes_better(levels: LevelKind) -> None:
     matrix, tokens = _layer(100, 12)
     gram = tokens.T @ tokens / len(tokens)
-    found = quantize_compensated(matrix, gram, 32).quantized
+    found = quantize_compensated(matrix, gram, 32, levels).quantized
     bits = np.unpackbits(found.weight.numpy(), axis=-1, bitorder="little")[..., :100]
+    if levels == "offset":
+        bits = np.concatenate((bits, np.ones_like(bits[:1])))
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(100)
     best = _best_scales(matrix, torch.from_numpy(bits), damped, 32)
     difference = (found.dense().double() - matrix.double()).numpy()
     errors = np.einsum("oi,ij,oj->o", difference, damped.double().numpy(), difference)
-    # Scales are rounded to float16, and the signs of a few are held.
-    assert (errors <= 1.02 * best).mean() > 0.8
+    # Scales are rounded, to float16 or codes, and the signs of a few are held.
+    assert (errors <= (1.02 if levels == "plain" else 1.1) * best).mean() > 0.8
     assert (errors >= best * (1 - 1e-3)).all()
 
 

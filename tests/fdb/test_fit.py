@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dbllm_cli.fdb import fit
 from dbllm_cli.fdb.fit import fit_scales, least_squares_scales
+from dbllm_cli.fdb.quantized import quantize_matrix
 from tests.fdb.reference import constrained_scales
 
 
@@ -24,7 +25,7 @@ def _error(
     importance = torch.ones(matrix.shape[-1]).double() if input_weights is None else input_weights
     scales = alpha.double().repeat_interleave(group_size, -1)[..., : matrix.shape[-1]]
     zero = torch.zeros_like(scales[0])
-    levels = torch.stack((zero, scales[0], scales[1], scales[0] + scales[1]))
+    levels = torch.stack((zero, scales[0], scales[1], scales[0] + scales[1])) + scales[2:].sum(0)
     nearest = (levels - exact).abs().amin(0)
     return float((nearest**2 * importance).sum() / (exact**2 * importance).sum())
 
@@ -47,7 +48,7 @@ def test_the_paper_s_start_is_int2_with_half_the_largest_weight_as_step() -> Non
 
 def test_tied_scales_are_fitted_as_pairs_of_one_and_two_steps() -> None:
     matrix = _normal(256, 1024)
-    alpha = fit_scales(matrix, 64, "als", tied=True)
+    alpha = fit_scales(matrix, 64, "als", levels="tied")
     sizes = alpha.abs()
     assert torch.allclose(sizes.amax(0), 2 * sizes.amin(0), rtol=1e-5)
     error = _error(matrix, alpha, 64)
@@ -55,8 +56,42 @@ def test_tied_scales_are_fitted_as_pairs_of_one_and_two_steps() -> None:
     moved = [_error(matrix, alpha * factor, 64) for factor in (0.99, 1.01)]
     assert error < min(moved)
     weights = _normal(1024, seed=1).abs().double()
-    weighted = fit_scales(matrix, 64, "als", weights.float(), tied=True)
+    weighted = fit_scales(matrix, 64, "als", weights.float(), "tied")
     assert _error(matrix, weighted, 64, weights) < _error(matrix, alpha, 64, weights)
+
+
+def test_an_offset_lowers_the_error_of_normal_weights_to_the_known_one() -> None:
+    matrix = _normal(256, 1024)
+    alpha = fit_scales(matrix, 64, "als", levels="offset")
+    error = _error(matrix, alpha, 64)
+    assert error == pytest.approx(0.1005, abs=0.0015)
+    for scale in range(3):
+        for factor in (0.99, 1.01):
+            moved = alpha.clone()
+            moved[scale] *= factor
+            assert error < _error(matrix, moved, 64)
+    weights = _normal(1024, seed=1).abs().double()
+    weighted = fit_scales(matrix, 64, "als", weights.float(), "offset")
+    assert _error(matrix, weighted, 64, weights) < _error(matrix, alpha, 64, weights)
+
+
+def test_four_levels_around_any_centre_are_found_again() -> None:
+    centre, outer, inner = torch.tensor(0.3), torch.tensor(1.0), torch.tensor(0.25)
+    levels = torch.stack((centre - outer, centre - inner, centre + inner, centre + outer))
+    matrix = levels.repeat(8, 16)
+    alpha = fit_scales(matrix, 64, "als", levels="offset")
+    assert _error(matrix, alpha, 64) < 1e-10
+    assert torch.allclose(alpha[0] - alpha[1], 2 * outer)
+    assert torch.allclose(alpha[2] + (alpha[0] + alpha[1]) / 2, centre)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7, -3.0])
+def test_a_group_of_equal_weights_is_fitted_exactly_with_an_offset(weight: float) -> None:
+    matrix = torch.full((2, 64), weight)
+    quantized = quantize_matrix(
+        matrix, fit_scales(matrix, 64, "als", levels="offset"), 64, "offset"
+    )
+    assert torch.allclose(quantized.dense(), matrix, rtol=0.04)
 
 
 @pytest.mark.parametrize("method", ["mse", "als"])
@@ -152,8 +187,7 @@ def test_least_squares_scales_have_the_least_error_with_their_signs(
     alpha1, alpha2 = least_squares_scales(
         torch.tensor(weights),
         torch.tensor(importance),
-        torch.tensor(planes[0]).bool(),
-        torch.tensor(planes[1]).bool(),
+        torch.tensor(planes).bool(),
     )
     alpha = np.array([float(alpha1), float(alpha2)])
     assert alpha[0] >= 0 >= alpha[1]
@@ -169,6 +203,6 @@ def test_least_squares_scales_equal_numpy_s_where_the_signs_are_right() -> None:
     expected = np.linalg.lstsq((planes * root).T, weights * root, rcond=None)[0]
     assert expected[0] > 0 > expected[1]
     scales = least_squares_scales(
-        torch.tensor(weights), torch.tensor(importance), *torch.tensor(planes).bool()
+        torch.tensor(weights), torch.tensor(importance), torch.tensor(planes).bool()
     )
     assert [float(scale) for scale in scales] == pytest.approx(expected.tolist(), rel=1e-9)

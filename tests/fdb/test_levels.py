@@ -25,8 +25,12 @@ def _column(value: float) -> Tensor:
     return torch.tensor([value])
 
 
-def _planes(weights: list[float], alpha1: float, alpha2: float) -> tuple[Tensor, Tensor]:
-    return assign_planes(torch.tensor(weights), _column(alpha1), _column(alpha2))
+def _alpha(*scales: float) -> Tensor:
+    return torch.tensor(scales).unsqueeze(-1)
+
+
+def _planes(weights: list[float], *scales: float) -> Tensor:
+    return assign_planes(torch.tensor(weights), _alpha(*scales))
 
 
 @settings(deadline=None)
@@ -46,10 +50,21 @@ def test_planes_give_the_nearest_of_the_four_levels_in_either_orientation(
 def test_the_nearest_level_is_the_value_of_the_planes(
     weights: list[float], scales: tuple[float, float]
 ) -> None:
-    alpha1, alpha2 = _column(scales[0]), _column(scales[1])
-    b1, b2 = assign_planes(torch.tensor(weights), alpha1, alpha2)
-    nearest = nearest_level(torch.tensor(weights), sorted_levels(alpha1, alpha2))
-    assert torch.equal(nearest, alpha1 * b1 + alpha2 * b2)
+    b1, b2 = _planes(weights, *scales)
+    nearest = nearest_level(torch.tensor(weights), sorted_levels(_alpha(*scales)))
+    assert torch.equal(nearest, scales[0] * b1 + scales[1] * b2)
+
+
+@settings(deadline=None)
+@given(st.lists(_EIGHTHS, min_size=1, max_size=8), _SCALES, _EIGHTHS)
+def test_an_offset_moves_all_levels(
+    weights: list[float], scales: tuple[float, float], beta: float
+) -> None:
+    moved = [weight + beta for weight in weights]
+    assert torch.equal(_planes(moved, *scales, beta), _planes(weights, *scales))
+    nearest = nearest_level(torch.tensor(weights), sorted_levels(_alpha(*scales)))
+    after = nearest_level(torch.tensor(moved), sorted_levels(_alpha(*scales, beta)))
+    assert torch.equal(after, nearest + beta)
 
 
 @settings(deadline=None, max_examples=300)
@@ -67,8 +82,7 @@ def test_the_middle_tie_goes_up_and_the_outer_ties_go_down() -> None:
     for alpha1, alpha2 in ((2.0, -1.0), (1.0, -2.0)):
         levels = sorted(alpha1 * b1 + alpha2 * b2 for b1, b2 in CODES)
         borders = [(a + b) / 2 for a, b in itertools.pairwise(levels)]
-        sorted_scales = sorted_levels(_column(alpha1), _column(alpha2))
-        nearest = nearest_level(torch.tensor(borders), sorted_scales)
+        nearest = nearest_level(torch.tensor(borders), sorted_levels(_alpha(alpha1, alpha2)))
         assert nearest.tolist() == [levels[0], levels[2], levels[2]]
         b1, b2 = _planes(borders, alpha1, alpha2)
         assert (alpha1 * b1 + alpha2 * b2).tolist() == [levels[0], levels[2], levels[2]]
@@ -94,7 +108,7 @@ def test_the_gradient_passes_up_to_half_a_step_outside_the_outer_levels(
     alpha1: float, alpha2: float, below: float, above: float
 ) -> None:
     weights = torch.tensor([below - 0.01, below, 0.0, above, above + 0.01])
-    mask = straight_through_mask(weights, sorted_levels(_column(alpha1), _column(alpha2)))
+    mask = straight_through_mask(weights, sorted_levels(_alpha(alpha1, alpha2)))
     assert mask.tolist() == [False, True, True, True, False]
 
 
@@ -108,12 +122,11 @@ _DISTINCT = st.tuples(st.floats(0.01, 4), st.floats(-4, -0.01)).filter(
 def test_a_clamped_weight_keeps_its_planes_and_moves_no_further_than_it_must(
     weight: float, code: tuple[int, int], scales: tuple[float, float]
 ) -> None:
-    alpha1, alpha2 = _column(scales[0]), _column(scales[1])
-    b1, b2 = torch.tensor([bool(code[0])]), torch.tensor([bool(code[1])])
-    clamped = clamp_to_cells(_column(weight), b1, b2, alpha1, alpha2)
-    after = assign_planes(clamped, alpha1, alpha2)
+    alpha, planes = _alpha(*scales), torch.tensor(code).bool().unsqueeze(-1)
+    clamped = clamp_to_cells(_column(weight), planes, alpha)
+    after = assign_planes(clamped, alpha)
     assert (int(after[0]), int(after[1])) == code
-    before = assign_planes(_column(weight), alpha1, alpha2)
+    before = assign_planes(_column(weight), alpha)
     if (int(before[0]), int(before[1])) == code:
         assert float(clamped) == pytest.approx(weight, abs=2e-2)
     else:
@@ -128,8 +141,6 @@ def _levels(scales: tuple[float, float]) -> list[float]:
 @pytest.mark.parametrize("code", CODES)
 def test_a_clamped_weight_keeps_its_planes_where_two_levels_coincide(code: tuple[int, int]) -> None:
     weights = torch.tensor([-2.0, -0.7, -0.1, 0.1, 0.7, 2.0])
-    b1, b2 = (torch.full((6,), bool(bit)) for bit in code)
-    clamped = clamp_to_cells(weights, b1, b2, _column(1.0), _column(-1.0))
-    after = assign_planes(clamped, _column(1.0), _column(-1.0))
-    assert torch.equal(after[0], b1)
-    assert torch.equal(after[1], b2)
+    planes = torch.tensor(code).bool().unsqueeze(-1).expand(2, 6)
+    clamped = clamp_to_cells(weights, planes, _alpha(1.0, -1.0))
+    assert torch.equal(assign_planes(clamped, _alpha(1.0, -1.0)), planes)

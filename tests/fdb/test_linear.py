@@ -8,13 +8,8 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import quantize_matrix
-from dbllm_cli.fdb.scales import (
-    ScaleFormat,
-    decode_scales,
-    encode_scales,
-    join_tied,
-    split_tied,
-)
+from dbllm_cli.fdb.scales import LevelKind
+from dbllm_cli.kernels import dequantize
 
 
 def _layer(bias: bool = True, in_features: int = 172) -> FdbLinear:
@@ -72,38 +67,35 @@ def test_a_layer_on_the_meta_device_can_be_made_and_run() -> None:
     assert layer(torch.empty(2, 172, device="meta")).shape == (2, 5)
 
 
-# -- scale formats ---------------------------------------------------------------------------------
+# -- other levels ----------------------------------------------------------------------------------
+
+_STORED = {
+    "tied": {"weight": torch.uint8, "alpha": torch.float16},
+    "offset": {"weight": torch.uint8, "alpha": torch.uint16, "row_exponent": torch.int8},
+}
 
 
-def _stored(scale_format: str) -> tuple[dict[str, Tensor], Tensor]:
-    """The state of a layer in a scale format, and the pairs of scales that it stands for."""
-    plain = _layer(bias=False)
-    if scale_format == "float8":
-        codes, row_scale = encode_scales(plain.alpha)
-        stored = {"weight": plain.weight, "alpha": codes, "row_scale": row_scale}
-        return stored, decode_scales(codes, row_scale)
-    steps = join_tied(plain.alpha)
-    return {"weight": plain.weight, "alpha": steps}, split_tied(steps)
-
-
-@pytest.mark.parametrize("scale_format", ["float8", "tied"])
+@pytest.mark.parametrize("levels", ["tied", "offset"])
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
 def test_a_layer_runs_on_stored_scales_and_saves_what_it_read(
-    scale_format: ScaleFormat, tiled: bool, cast: torch.dtype | None
+    levels: LevelKind, tiled: bool, cast: torch.dtype | None
 ) -> None:
-    layer = FdbLinear(172, 5, 64, scale_format=scale_format)
-    stored, alpha = _stored(scale_format)
+    matrix = torch.randn(5, 172, generator=torch.Generator().manual_seed(0))
+    quantized = quantize_matrix(matrix, fit_scales(matrix, 64, "als", levels=levels), 64, levels)
+    stored = FdbLinear.holding(quantized, None).state_dict()
+    assert {name: tensor.dtype for name, tensor in stored.items()} == _STORED[levels]
+    assert stored["alpha"].shape == (1, 5, 3)
+    dense = dequantize(quantized.weight, quantized.alpha, 172, 64, torch.float32)
+    layer = FdbLinear(172, 5, 64, levels=levels)
     layer.load_state_dict(stored)
     if tiled:
         layer.use_cpu_kernels()
     layer.to(cast)
-    plain = FdbLinear(172, 5, 64)
-    plain.load_state_dict({"weight": stored["weight"], "alpha": alpha})
     x = torch.randn(3, 172, generator=torch.Generator().manual_seed(1))
-    assert torch.allclose(layer(x), plain(x), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(layer(x), x @ dense.t(), rtol=1e-3, atol=1e-3)
     layer.load_state_dict({}, strict=False)
-    assert torch.allclose(layer(x), plain(x), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(layer(x), x @ dense.t(), rtol=1e-3, atol=1e-3)
     again = layer.state_dict()
     assert again.keys() == stored.keys()
     for name, tensor in stored.items():

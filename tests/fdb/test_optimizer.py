@@ -81,7 +81,7 @@ def test_every_latent_weight_moves_against_its_own_gradient(transposed: bool) ->
 
 def test_tied_scales_move_together_against_the_gradient_of_their_step() -> None:
     matrix = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    quantized = quantize_matrix(matrix, fit_scales(matrix, 8, "als", tied=True), 8, tied=True)
+    quantized = quantize_matrix(matrix, fit_scales(matrix, 8, "als", levels="tied"), 8, "tied")
     layer = ScaleLinear(quantized, None)
     optimizer = RelativeAdamW({"layer": layer}, LATENT_LR, SCALE_LR)
     x = torch.randn(30, 64, generator=torch.Generator().manual_seed(1))

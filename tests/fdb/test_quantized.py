@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import (
     PlaneCounts,
     QuantizedMatrix,
     count_planes,
     quantize_matrix,
-    round_scales,
     stored_bits,
 )
+from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.kernels import unpack_planes
 from tests.fdb.reference import brute_force_value, dense
 
@@ -24,16 +23,25 @@ def _matrix(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def _quantized(matrix: Tensor, group_size: int = 64) -> QuantizedMatrix:
-    return quantize_matrix(matrix, fit_scales(matrix, group_size, "als"), group_size)
+_EACH_KIND = pytest.mark.parametrize("levels", ["plain", "tied", "offset"])
 
 
+def _quantized(
+    matrix: Tensor, group_size: int = 64, levels: LevelKind = "plain"
+) -> QuantizedMatrix:
+    alpha = fit_scales(matrix, group_size, "als", levels=levels)
+    return quantize_matrix(matrix, alpha, group_size, levels)
+
+
+@_EACH_KIND
 @pytest.mark.parametrize(("inputs", "group_size"), [(128, 64), (172, 64), (13, 8), (172, 128)])
-def test_the_dense_matrix_is_the_sum_of_scaled_planes(inputs: int, group_size: int) -> None:
-    quantized = _quantized(_matrix(3, inputs), group_size)
+def test_the_dense_matrix_is_the_sum_of_scaled_planes_and_the_offset(
+    inputs: int, group_size: int, levels: LevelKind
+) -> None:
+    quantized = _quantized(_matrix(3, inputs), group_size, levels)
     bits = np.unpackbits(quantized.weight.numpy(), axis=-1, bitorder="little")[..., :inputs]
     expected = dense(bits.astype(np.float64), quantized.alpha.double().numpy(), group_size)
-    assert np.allclose(quantized.dense().double().numpy(), expected, rtol=1e-6, atol=0)
+    assert np.allclose(quantized.dense().double().numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_scales_are_rounded_to_float16_before_the_planes_are_derived() -> None:
@@ -46,41 +54,33 @@ def test_scales_are_rounded_to_float16_before_the_planes_are_derived() -> None:
     assert float(quantized.dense()[0, 0]) == 1.0
 
 
-def test_every_weight_is_at_the_level_nearest_under_the_stored_scales() -> None:
+@_EACH_KIND
+def test_every_weight_is_at_the_level_nearest_under_the_stored_scales(levels: LevelKind) -> None:
     matrix = _matrix(4, 172)
-    quantized = _quantized(matrix)
+    quantized = _quantized(matrix, levels=levels)
     alpha = quantized.alpha.double()
     distances = (quantized.dense().double() - matrix.double()).abs()
     for row, column in ((r, c) for r in range(4) for c in range(172)):
-        scale1, scale2 = alpha[:, row, column // 64].tolist()
-        nearest = brute_force_value(float(matrix[row, column]), scale1, scale2)
+        scale1, scale2, *beta = alpha[:, row, column // 64].tolist()
+        nearest = brute_force_value(float(matrix[row, column]) - sum(beta), scale1, scale2)
         assert float(distances[row, column]) == pytest.approx(nearest, abs=1e-6)
 
 
-def test_an_all_zero_group_stays_zero() -> None:
+@_EACH_KIND
+def test_an_all_zero_group_stays_zero(levels: LevelKind) -> None:
     matrix = _matrix(2, 128)
     matrix[1, 64:] = 0
-    quantized = _quantized(matrix)
+    quantized = _quantized(matrix, levels=levels)
     assert not quantized.dense()[1, 64:].any()
     assert not quantized.weight[:, 1, 8:].any()
 
 
-def test_quantizing_the_dense_matrix_again_changes_nothing() -> None:
-    quantized = _quantized(_matrix(4, 172))
-    again = quantize_matrix(quantized.dense(), quantized.alpha, 64)
+@_EACH_KIND
+def test_quantizing_the_dense_matrix_again_changes_nothing(levels: LevelKind) -> None:
+    quantized = _quantized(_matrix(4, 172), levels=levels)
+    again = quantize_matrix(quantized.dense(), quantized.alpha, 64, levels)
     assert torch.equal(again.weight, quantized.weight)
     assert torch.equal(again.alpha, quantized.alpha)
-
-
-def test_rounding_projects_the_signs() -> None:
-    rounded = round_scales(torch.tensor([[[-0.5, 1.0]], [[-2.0, 0.25]]]))
-    assert rounded.tolist() == [[[0.0, 1.0]], [[-2.0, 0.0]]]
-
-
-@pytest.mark.parametrize("scale", [math.nan, math.inf, 70000.0])
-def test_a_scale_that_float16_can_t_hold_is_refused(scale: float) -> None:
-    with pytest.raises(StageFailedError, match="not finite in float16"):
-        round_scales(torch.tensor([[[scale]], [[-1.0]]]))
 
 
 def test_codes_are_counted_without_the_padding_of_rows() -> None:
@@ -105,3 +105,5 @@ def test_counts_of_layers_add_up() -> None:
 def test_a_group_of_64_stores_two_and_a_half_bits_per_weight() -> None:
     assert stored_bits(_quantized(_matrix(4, 128))) / (4 * 128) == 2.5
     assert stored_bits(_quantized(_matrix(1, 172))) == 2 * 22 * 8 + 2 * 3 * 16
+    assert stored_bits(_quantized(_matrix(1, 172), levels="tied")) == 2 * 22 * 8 + 3 * 16
+    assert stored_bits(_quantized(_matrix(1, 172), levels="offset")) == 2 * 22 * 8 + 3 * 16 + 8

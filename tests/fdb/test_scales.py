@@ -1,13 +1,21 @@
-import numpy as np
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.scales import (
-    decode_scales,
-    encode_scales,
+    Spans,
+    expand_scales,
     join_tied,
+    project_scales,
+    round_scales,
     split_tied,
+    stored_scale_bits,
+    stored_scales,
     tie_scales,
 )
 
@@ -18,45 +26,97 @@ def _scales(*shape: int, octaves: float = 6.0) -> Tensor:
     return (sizes * torch.tensor((1.0, -1.0)).view(2, 1, 1)).half()
 
 
-def _value(code: int) -> float:
-    """A float of 3 bits of exponent and 5 of mantissa, the largest being 1."""
-    exponent, mantissa = divmod(code, 32)
-    significand = 1 + mantissa / 32 if exponent else mantissa / 32
-    return float(significand * 2.0 ** max(exponent, 1) / ((1 + 31 / 32) * 2.0**7))
+# -- offset ----------------------------------------------------------------------------------------
 
 
-def test_codes_are_unsigned_floats_times_the_scale_of_their_row() -> None:
-    codes = torch.arange(256, dtype=torch.uint8).view(2, 1, 128)
-    decoded = decode_scales(codes, torch.tensor([0.5], dtype=torch.float16)).double().numpy()
-    expected = np.array([_value(code) * 0.5 for code in range(256)]).reshape(2, 1, 128)
-    expected[1] *= -1
-    assert np.allclose(decoded, expected, rtol=2**-11, atol=2**-25)
+def _offset_scales(*shape: int, octaves: float = 3.0) -> Tensor:
+    """Like those of weights: outer over some octaves, inner and centre within it."""
+    generator = torch.Generator().manual_seed(0)
+    share, inner, centre = torch.rand(3, *shape, generator=generator)
+    outer = torch.exp2(-octaves * share) * 0.05
+    return Spans((centre * 1.4 - 0.7) * outer, outer, inner * outer).alpha
 
 
-def test_a_scale_is_off_by_at_most_a_64th_over_six_octaves_of_a_row() -> None:
-    alpha = _scales(16, 40)
-    decoded = decode_scales(*encode_scales(alpha)).double()
-    off = ((decoded - alpha.double()) / alpha.double()).abs()
-    assert off.max() < 1 / 64 + 2**-10
-    assert off.square().mean().sqrt() < 0.008
+_NUMBER = st.floats(-4, 4, width=32)
 
 
-def test_the_largest_scale_of_a_row_and_empty_planes_are_kept_exactly() -> None:
-    alpha = _scales(4, 9)
-    alpha[0, 1] = 0
+@settings(deadline=None, max_examples=200)
+@given(st.tuples(_NUMBER, _NUMBER, _NUMBER))
+def test_projected_offset_scales_are_upright_with_their_centre_in_reach(
+    numbers: tuple[float, float, float],
+) -> None:
+    alpha = project_scales(torch.tensor(numbers).view(3, 1, 1), "offset")
+    alpha1, alpha2, beta = (float(number) for number in alpha)
+    outer, inner = (alpha1 - alpha2) / 2, (alpha1 + alpha2) / 2
+    assert alpha2 <= 1e-6
+    assert alpha1 >= -1e-6
+    assert inner >= -1e-6
+    assert abs(beta + inner) <= 0.703125 * outer + 1e-6
+    assert torch.allclose(project_scales(alpha, "offset"), alpha, atol=1e-5)
+
+
+def test_offset_scales_take_16_bits_a_group_and_8_a_row() -> None:
+    alpha = round_scales(_offset_scales(10, 9), "offset")
+    codes, exponents = stored_scales(alpha, "offset")
+    assert exponents is not None
+    assert (codes.dtype, codes.shape) == (torch.uint16, (1, 10, 9))
+    assert (exponents.dtype, exponents.shape) == (torch.int8, (10,))
+    assert stored_scale_bits(alpha, "offset") == 10 * 9 * 16 + 10 * 8
+
+
+@pytest.mark.parametrize("octaves", [0.5, 3.0, 9.0])
+@pytest.mark.parametrize("size", [0.1, 1.0, 1e3])
+def test_rounded_offset_scales_are_stored_as_they_are(octaves: float, size: float) -> None:
+    rounded = round_scales(_offset_scales(40, 9, octaves=octaves) * size, "offset")
+    assert torch.equal(expand_scales(*stored_scales(rounded, "offset")), rounded)
+    assert torch.equal(round_scales(rounded.float(), "offset"), rounded)
+
+
+def test_a_code_is_off_by_half_a_step_of_each_number_at_most() -> None:
+    alpha = _offset_scales(64, 9, octaves=2.0)
+    exact, found = (Spans.of(a.double()) for a in (alpha, round_scales(alpha, "offset")))
+    # 5 significant bits where outer is no less than a quarter of the row's largest.
+    assert ((found.outer - exact.outer) / exact.outer).abs().max() < 1 / 32
+    assert ((found.inner - exact.inner) / exact.outer).abs().max() < 1 / 64 + 1 / 32
+    assert ((found.centre - exact.centre) / exact.outer).abs().max() < 3 / 128 + 1 / 32
+
+
+def test_the_bits_of_a_code_are_the_documented_ones() -> None:
+    # outer 24 = (16 + 8) units: code 24; inner 7.5 of 32: code 7; centre -3 of 3/64: code 13.
+    outer = 24.0
+    spans = Spans(*(torch.tensor([[x, 0.0]]) for x in (-9 / 64 * outer, outer, 7.5 / 32 * outer)))
+    spans.outer[0, 1] = 124.0
+    codes, exponents = stored_scales(spans.alpha, "offset")
+    assert exponents is not None
+    assert exponents.tolist() == [0]
+    assert codes.to(torch.int32)[0, 0, 0] == 24 | 7 << 6 | 13 << 11
+
+
+def test_a_group_without_levels_has_one_code_and_stays_empty() -> None:
+    alpha = _offset_scales(3, 4)
+    alpha[:, :, 1] = 0
     alpha[:, 2] = 0
-    decoded = decode_scales(*encode_scales(alpha))
-    largest = alpha.abs().amax((0, 2))
-    assert torch.equal(decoded.abs().amax((0, 2)), largest)
-    assert torch.equal(decoded == 0, alpha == 0)
+    codes, _ = stored_scales(project_scales(alpha, "offset"), "offset")
+    assert (codes.to(torch.int32)[0, :, 1] == 0).all()
+    rounded = round_scales(alpha, "offset")
+    assert (rounded[:, :, 1] == 0).all()
+    assert (rounded[:, 2] == 0).all()
 
 
-@pytest.mark.parametrize("octaves", [2.0, 6.0])
-def test_decoded_scales_have_the_codes_that_they_came_from(octaves: float) -> None:
-    codes, row_scale = encode_scales(_scales(16, 40, octaves=octaves))
-    again, same = encode_scales(decode_scales(codes, row_scale), row_scale)
-    assert torch.equal(again, codes)
-    assert torch.equal(same, row_scale)
+@pytest.mark.parametrize("kind", ["plain", "tied", "offset"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
+def test_a_scale_beyond_float16_is_an_error(kind: str, value: float) -> None:
+    alpha = torch.tensor((value, -value / 2, 0.0)[: 3 if kind == "offset" else 2]).view(-1, 1, 1)
+    with pytest.raises(StageFailedError, match="not finite"):
+        round_scales(alpha, kind)  # type: ignore[arg-type]
+
+
+def test_rounding_plain_scales_projects_the_signs() -> None:
+    rounded = round_scales(torch.tensor([[[-0.5, 1.0]], [[-2.0, 0.25]]]), "plain")
+    assert rounded.tolist() == [[[0.0, 1.0]], [[-2.0, 0.0]]]
+
+
+# -- tied ------------------------------------------------------------------------------------------
 
 
 def test_tied_scales_are_the_nearest_of_which_one_is_twice_the_other() -> None:

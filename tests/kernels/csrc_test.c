@@ -54,7 +54,7 @@ typedef struct {
     fdb_shape shape;
     int64_t row_bytes, groups, plane_bytes, scale_count, tile_bytes;
     uint8_t *planes, *tiles;
-    uint16_t *scales;
+    uint16_t *scales, *offsets; /* or NULL */
 } layer;
 
 static layer random_layer(void) {
@@ -74,16 +74,33 @@ static layer random_layer(void) {
         l.scales[i] = (uint16_t)(below(2) << 15 | below(0x4400));
     memset(l.tiles, 0, (size_t)l.tile_bytes);
     dbllm_tile(s->in_features, s->out_features, s->group_size, l.planes, l.scales, l.tiles, 1);
+    if (below(2)) {
+        int64_t count = fdb_blocks(s) * l.groups * FDB_BLOCK_ROWS;
+        l.offsets = memory(count * 2);
+        for (int64_t i = 0; i < count; i++)
+            l.offsets[i] = (uint16_t)(below(2) << 15 | below(0x4400));
+    }
     return l;
 }
 
-static void free_layer(layer *l) { free(l->planes), free(l->scales), free(l->tiles); }
+static void free_layer(layer *l) {
+    free(l->planes), free(l->scales), free(l->tiles), free(l->offsets);
+}
 
-static double scale_of(const layer *l, int plane, int64_t row, int64_t group) {
-    uint16_t half = l->scales[(plane * l->shape.out_features + row) * l->groups + group];
+static double value_of(uint16_t half) {
     int exponent = half >> 10 & 31, mantissa = half & 1023;
     double size = exponent ? ldexp(1024 + mantissa, exponent - 25) : ldexp(mantissa, -24);
     return half & 0x8000 ? -size : size;
+}
+
+static double scale_of(const layer *l, int plane, int64_t row, int64_t group) {
+    return value_of(l->scales[(plane * l->shape.out_features + row) * l->groups + group]);
+}
+
+static double offset_of(const layer *l, int64_t row, int64_t group) {
+    if (l->offsets == NULL) return 0;
+    int64_t block = row / FDB_BLOCK_ROWS, place = row % FDB_BLOCK_ROWS;
+    return value_of(l->offsets[(block * l->groups + group) * FDB_BLOCK_ROWS + place]);
 }
 
 static int bit_of(const layer *l, int plane, int64_t row, int64_t input) {
@@ -121,12 +138,15 @@ static float *run(const trial *t, int64_t group, int64_t block) {
     int64_t words = t->padded / FDB_WORD_INPUTS, blocks = fdb_blocks(s);
     uint8_t *tables = table_memory(words * t->columns * t->kernel->table_bytes);
     float *steps = memory(t->l->groups * t->columns * 4);
+    float *sums = memory(t->l->groups * t->columns * 4);
     float *y = memory(blocks * t->columns * FDB_BLOCK_ROWS * 4);
-    fdb_make_tables(t->kernel, s, t->x, t->columns, group, t->l->groups, tables, steps);
-    fdb_make_tables(t->kernel, s, t->x, t->columns, 0, group, tables, steps);
-    fdb_make_product(t->kernel, s, t->l->tiles, tables, steps, t->columns, block, blocks, y);
-    fdb_make_product(t->kernel, s, t->l->tiles, tables, steps, t->columns, 0, block, y);
-    free(tables), free(steps);
+    fdb_inputs inputs = {tables, steps, sums};
+    fdb_make_inputs(t->kernel, s, t->x, t->columns, group, t->l->groups, &inputs);
+    fdb_make_inputs(t->kernel, s, t->x, t->columns, 0, group, &inputs);
+    const uint8_t *tiles = t->l->tiles, *offsets = (const uint8_t *)t->l->offsets;
+    fdb_make_product(t->kernel, s, tiles, offsets, &inputs, t->columns, block, blocks, y);
+    fdb_make_product(t->kernel, s, tiles, offsets, &inputs, t->columns, 0, block, y);
+    free(tables), free(steps), free(sums);
     return y;
 }
 
@@ -151,13 +171,18 @@ static void compare(const trial *t, const float *y) {
                 if (!isnan(found)) fail(t, "not NaN", found);
                 continue;
             }
-            for (int64_t i = 0; i < s->in_features; i++)
+            for (int64_t i = 0; i < s->in_features; i++) {
+                double all = offset_of(t->l, row, i / s->group_size) *
+                             t->x[column * t->padded + i];
+                expected += all;
+                size += all * all;
                 for (int plane = 0; plane < 2; plane++) {
                     double term = scale_of(t->l, plane, row, i / s->group_size) *
                                   t->x[column * t->padded + i];
                     expected += bit_of(t->l, plane, row, i) ? term : 0;
                     size += term * term;
                 }
+            }
             error += (found - expected) * (found - expected);
         }
     if (!(sqrt(error) <= t->tolerance * sqrt(size))) fail(t, "error", sqrt(error / size));
@@ -243,16 +268,23 @@ static void check_attention(const char *name, attention *attend) {
 static void run_training(const fdb_instruction_set *set) {
     int bfloat16 = (int)below(2);
     int64_t count = 1 + (int64_t)below(150), bytes = bfloat16 ? 2 : 4;
-    latent_group group = {.count = count, .alpha1 = 1, .alpha2 = -0.5f, .bfloat16 = bfloat16};
+    latent_group group = {
+        .count = count, .alpha1 = 1, .alpha2 = -0.5f, .beta = 0.1f, .bfloat16 = bfloat16};
     distillation_token token = {.count = count, .bfloat16 = bfloat16};
-    float *latent = memory(count * 4), *to_latent = memory(count * 4), to_alpha[2];
+    float *latent = memory(count * 4), *to_latent = memory(count * 4);
     char *dense = memory(count * bytes), *gradient = memory(count * bytes);
     for (int64_t i = 0; i < count; i++) latent[i] = (float)uniform();
     group.latent = latent;
-    set->levels(&group, dense);
-    set->gradients(&group, dense, to_latent, to_alpha, to_alpha + 1);
+    const training_kernels *training = set->training;
+    training->levels(&group, dense);
+    training->gradients(&group, dense, to_latent);
+    uint8_t *planes = memory((count + 7) / 8);
+    plane_group fixed = {planes, planes, count, 1, -0.5f, 0.1f, bfloat16};
+    training->plane_levels(&fixed, dense);
+    training->plane_gradients(&fixed, dense);
+    free(planes);
     token.student = token.teacher = dense, token.gradient = gradient;
-    set->distil(&token);
+    training->distil(&token);
     if (!(fabsf(token.cross_entropy - token.teacher_entropy) <= 1e-4f))
         FAIL("%s: the cross-entropy to itself is %g", set->name, (double)token.cross_entropy);
     free(latent), free(to_latent), free(dense), free(gradient);

@@ -49,9 +49,11 @@ class Layer:
         return fdb_linear_tiled(x, self.tiles, self.in_features, self.out_features, self.group_size)
 
     def dense(self) -> Array:
-        """`alpha1·b1 + alpha2·b2`, `[out, in]`."""
+        """`alpha1·b1 + alpha2·b2 + beta`, `[out, in]`."""
         bits = np.unpackbits(self.planes, axis=-1, bitorder="little")[..., : self.in_features]
-        return (bits * self._scales()).sum(0)
+        scales = self._scales()
+        dense: Array = (bits * scales[:2]).sum(0) + scales[2:].sum(0)
+        return dense
 
     def expected(self, x: Tensor) -> Array:
         return x.detach().double().numpy() @ self.dense().T
@@ -67,11 +69,16 @@ class Layer:
 
 
 def random_layer(
-    in_features: int, out_features: int, group_size: int, seed: int = 0, scale: float = 0.1
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    seed: int = 0,
+    scale: float = 0.1,
+    offset: bool = False,
 ) -> Layer:
     """Bits beyond the last input are random too: files may hold any there."""
     draw = np.random.default_rng(seed)
-    shape = (2, out_features, -(-in_features // group_size))
+    shape = (3 if offset else 2, out_features, -(-in_features // group_size))
     planes = draw.integers(0, 256, (2, out_features, -(-in_features // 8)), dtype=np.uint8)
     spread = 2.0 ** draw.integers(-5, 3, shape)
     scales = (draw.normal(size=shape) * spread * scale).astype(np.float16)

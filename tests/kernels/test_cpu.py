@@ -20,6 +20,7 @@ from tests.kernels.layers import DTYPES, assert_close, normal, random_layer
     batch=st.sampled_from([(), (0,), (1,), (4,), (32,), (33,), (70,), (2, 3), (5, 13), (3, 0)]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**31),
+    offset=st.booleans(),
 )
 def test_the_product_is_that_of_the_dense_matrix_whatever_the_shape(
     instruction_set: str,
@@ -29,8 +30,9 @@ def test_the_product_is_that_of_the_dense_matrix_whatever_the_shape(
     batch: tuple[int, ...],
     dtype: torch.dtype,
     seed: int,
+    offset: bool,
 ) -> None:
-    layer = random_layer(in_features, out_features, group_size, seed)
+    layer = random_layer(in_features, out_features, group_size, seed, offset=offset)
     x = normal(*batch, in_features, dtype=dtype, seed=seed)
     assert_close(layer(x), x, layer)
 
@@ -40,7 +42,7 @@ def test_the_product_is_that_of_the_dense_matrix_whatever_the_shape(
 def test_groups_may_be_longer_than_a_stretch(
     instruction_set: str, dtype: torch.dtype, group_size: int
 ) -> None:
-    layer = random_layer(2500, 70, group_size)
+    layer = random_layer(2500, 70, group_size, offset=True)
     for rows in (1, 3):
         x = normal(rows, 2500, dtype=dtype)
         assert_close(layer(x), x, layer)

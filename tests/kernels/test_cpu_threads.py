@@ -23,7 +23,7 @@ from tests.kernels.layers import REPOSITORY, normal, random_layer
 def test_one_and_two_threads_give_the_same_bytes(
     instruction_set: str, dtype: torch.dtype, rows: int
 ) -> None:
-    layer, x = random_layer(4096, 1030, 32), normal(rows, 4096, dtype=dtype)
+    layer, x = random_layer(4096, 1030, 32, offset=True), normal(rows, 4096, dtype=dtype)
     expected = layer(x)
     torch.set_num_threads(2)
     try:

@@ -40,6 +40,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float16
     bias: bool = False
     layout: str = "rows"
+    offset: bool = False
 
     @property
     def name(self) -> str:
@@ -71,11 +72,17 @@ def _cases() -> list[Case]:
             rows,
             draw.choice([*ERROR]),
             draw.random() < 0.5,
+            offset=draw.random() < 0.5,
         )
         for inputs, group, rows in sizes
     ]
     edges = [Case(256, 33, 64, rows) for rows in (0, 2, 4, 5, 16, 64, 65, 130)]
-    whole = [Case(2048, 16, 64, rows, dtype) for rows in (1, 8, 70) for dtype in ERROR]
+    whole = [
+        Case(2048, 16, 64, rows, dtype, offset=offset)
+        for rows in (1, 8, 70)
+        for dtype in ERROR
+        for offset in (False, True)
+    ]
     float32 = [Case(172, 33, 64, rows, torch.float32) for rows in (5, 70)]
     groups = [Case(128, 9, group, rows) for group in (8, 24, 96) for rows in (2, 6)]
     small = [Case(8, 1, 8, rows, bias=True) for rows in (1, 40)] + [Case(13, 3, 8, 1)]
@@ -104,7 +111,8 @@ def _layer(case: Case) -> Layer:
         planes = torch.cat([torch.zeros(1, dtype=torch.uint8), planes.flatten()])[1:].view_as(
             planes
         )
-    scales = torch.rand(2, case.outputs, groups, generator=draw) - torch.tensor([[[0.0]], [[1.0]]])
+    least = torch.tensor([0.0, -1.0, -0.5])[: 3 if case.offset else 2].view(-1, 1, 1)
+    scales = torch.rand(len(least), case.outputs, groups, generator=draw) + least
     x = torch.randn(case.rows, case.inputs, generator=draw)
     if case.layout == "NaN":
         planes[:, 0] = 0
@@ -127,11 +135,11 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def _expected(layer: Layer) -> NDArray[np.float64]:
-    """y = alpha1·(b1 x) + alpha2·(b2 x) + bias in float64, from the bytes."""
+    """y = alpha1·(b1 x) + alpha2·(b2 x) + beta·(1 x) + bias in float64, from the bytes."""
     x, weight, alpha = layer.x.double().numpy(), layer.weight.numpy(), layer.alpha.double().numpy()
     bits = np.unpackbits(weight, axis=-1, bitorder="little")[..., : x.shape[-1]]
     scales = np.repeat(alpha, layer.group_size, axis=-1)[..., : x.shape[-1]]
-    y: NDArray[np.float64] = x @ (bits * scales).sum(0).T
+    y: NDArray[np.float64] = x @ ((bits * scales[:2]).sum(0) + scales[2:].sum(0)).T
     return y if layer.bias is None else y + layer.bias.double().numpy()
 
 
@@ -213,6 +221,7 @@ def _compiled(case: Case, architecture: int, patch: pytest.MonkeyPatch) -> Any:
     ("dtype", "architecture"),
     [(torch.float16, 90), (torch.bfloat16, 80), (torch.float32, 80)],
 )
+@pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "group_size", "rows"),
     [
@@ -227,6 +236,7 @@ def test_the_compiled_kernels_fit_a_gpu(
     outputs: int,
     group_size: int,
     rows: int,
+    offset: bool,
     dtype: torch.dtype,
     architecture: int,
     tmp_path: Path,
@@ -234,7 +244,7 @@ def test_the_compiled_kernels_fit_a_gpu(
 ) -> None:
     """The interpreter knows no types of pointers, no layouts, registers or shared memory."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    case = Case(inputs, outputs, group_size, rows, dtype, bias=outputs == 1)
+    case = Case(inputs, outputs, group_size, rows, dtype, bias=outputs == 1, offset=offset)
     made = _compiled(case, architecture, monkeypatch)
     assert made.metadata.shared <= 99 * 1024
     from triton import knobs

@@ -13,18 +13,19 @@ from tests.kernels.layers import normal
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
-def _scales(rows: int, groups: int) -> Tensor:
+def _scales(rows: int, groups: int, offset: bool = False) -> Tensor:
     """Of both orientations; one group in five has none."""
-    alpha = normal(2, rows, groups, seed=1).abs()
-    alpha[1].neg_()
+    alpha = normal(3 if offset else 2, rows, groups, seed=1)
+    alpha[0].abs_()
+    alpha[1].abs_().neg_()
     alive = torch.randint(5, (rows, groups), generator=torch.Generator().manual_seed(2)) > 0
     return alpha * alive
 
 
-def _levels(alpha1: float, alpha2: float) -> list[tuple[float, int, int]]:
+def _levels(alpha1: float, alpha2: float, beta: float = 0) -> list[tuple[float, int, int]]:
     """Value, b1 and b2 of the levels, ascending."""
     levels = [(0.0, 0, 0), (alpha1, 1, 0), (alpha2, 0, 1), (alpha1 + alpha2, 1, 1)]
-    return sorted(levels, key=lambda level: level[0])
+    return sorted((value + beta, b1, b2) for value, b1, b2 in levels)
 
 
 def _expected(latent: Tensor, alpha: Tensor, grad: Tensor, size: int) -> tuple[np.ndarray, ...]:
@@ -36,7 +37,7 @@ def _expected(latent: Tensor, alpha: Tensor, grad: Tensor, size: int) -> tuple[n
         value, b1, b2 = min(levels, key=lambda level: abs(level[0] - w[row, column]))
         dense[row, column] = value
         alive = scales[:, row, group].any()
-        to_alpha[:, row, group] += g[row, column] * np.array([b1, b2]) * alive
+        to_alpha[:, row, group] += g[row, column] * np.array([b1, b2, 1])[: len(scales)] * alive
         (low, *_), (lower, *_), (upper, *_), (high, *_) = levels
         inside = low - (lower - low) / 2 <= w[row, column] <= high + (high - upper) / 2
         to_latent[row, column] = g[row, column] * inside
@@ -49,12 +50,13 @@ def _expected(latent: Tensor, alpha: Tensor, grad: Tensor, size: int) -> tuple[n
     columns=st.integers(1, 150),
     size=st.sampled_from([8, 32, 64, 128]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    offset=st.booleans(),
 )
 def test_levels_and_gradients_are_those_of_the_formula(
-    rows: int, columns: int, size: int, dtype: torch.dtype
+    rows: int, columns: int, size: int, dtype: torch.dtype, offset: bool
 ) -> None:
     latent, grad = normal(rows, columns) * 1.5, normal(rows, columns, seed=3, dtype=dtype)
-    alpha = _scales(rows, -(-columns // size))
+    alpha = _scales(rows, -(-columns // size), offset)
     assert can_round_latents(latent, alpha, dtype)
     dense, to_latent, to_alpha = _expected(latent, alpha, grad, size)
     found = latent_levels(latent, alpha, size, dtype)

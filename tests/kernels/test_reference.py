@@ -14,20 +14,26 @@ def test_bits_are_read_least_significant_first_and_padding_is_cut() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 300), st.sampled_from([8, 64, 128]), st.integers(0, 2**31))
-def test_every_weight_is_the_sum_of_its_scaled_bits(
-    inputs: int, group_size: int, seed: int
+@given(
+    st.integers(1, 300),
+    st.sampled_from([8, 64, 128]),
+    st.sampled_from([2, 3]),
+    st.integers(0, 2**31),
+)
+def test_every_weight_is_the_sum_of_its_scaled_bits_and_the_offset(
+    inputs: int, group_size: int, scales: int, seed: int
 ) -> None:
     draw = np.random.default_rng(seed)
     groups = -(-inputs // group_size)
     weight = draw.integers(0, 256, (2, 3, -(-inputs // 8)), dtype=np.uint8)
-    alpha = draw.normal(size=(2, 3, groups)).astype(np.float16)
+    alpha = draw.normal(size=(scales, 3, groups)).astype(np.float16)
     bits = np.unpackbits(weight, axis=-1, bitorder="little")[..., :inputs]
-    scales = np.repeat(alpha.astype(np.float64), group_size, axis=-1)[..., :inputs]
+    wide = np.repeat(alpha.astype(np.float64), group_size, axis=-1)[..., :inputs]
     result = dequantize(
         torch.tensor(weight), torch.tensor(alpha), inputs, group_size, torch.float32
     )
-    assert np.allclose(result.numpy(), (bits * scales).sum(0), rtol=1e-6, atol=1e-7)
+    expected = (bits * wide[:2]).sum(0) + wide[2:].sum(0)
+    assert np.allclose(result.numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,25 +20,31 @@ from tests.kernels.layers import DTYPES, assert_close, normal, random_layer
     out_features=st.integers(1, 150),
     group_size=st.sampled_from([32, 64, 96, 128, 256, 512, 1024]),
     seed=st.integers(0, 2**31),
+    scales=st.sampled_from([2, 3]),
 )
 def test_planes_and_scales_come_back_from_tiles_bit_by_bit(
-    kernels: CpuKernels, in_features: int, out_features: int, group_size: int, seed: int
+    kernels: CpuKernels,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    seed: int,
+    scales: int,
 ) -> None:
     draw = np.random.default_rng(seed)
     groups = -(-in_features // group_size)
     weight = torch.from_numpy(
         draw.integers(0, 256, (2, out_features, -(-in_features // 8)), dtype=np.uint8)
     )
-    codes = draw.integers(0, 2**16, (2, out_features, groups), dtype=np.uint16)
+    codes = draw.integers(0, 2**16, (scales, out_features, groups), dtype=np.uint16)
     alpha = torch.from_numpy(codes.view(np.float16))
     tiles = kernels.to_tiles(weight, alpha, in_features, group_size)
-    planes, scales = kernels.from_tiles(tiles, in_features, out_features, group_size)
+    planes, found = kernels.from_tiles(tiles, in_features, out_features, group_size)
     assert torch.equal(planes, weight)
-    assert torch.equal(scales.view(torch.int16), alpha.view(torch.int16))
+    assert torch.equal(found.view(torch.int16), alpha.view(torch.int16))
 
 
 def test_tiles_are_made_of_views_too(kernels: CpuKernels) -> None:
-    layer = random_layer(172, 37, 64)
+    layer = random_layer(172, 37, 64, offset=True)
     stored = torch.from_numpy(layer.planes), torch.from_numpy(layer.scales)
     weight, alpha = (t.repeat_interleave(2, dim=1)[:, ::2].mT.contiguous().mT for t in stored)
     assert torch.equal(kernels.to_tiles(weight, alpha, 172, 64), layer.tiles)
@@ -105,7 +111,8 @@ def test_a_compiled_model_gives_the_same(kernels: CpuKernels, dynamic: bool) -> 
 def test_the_gradient_of_the_input_is_that_of_the_dense_product(
     instruction_set: str, batch: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    layer, x = random_layer(172, 37, 64), normal(*batch, 172, dtype=dtype).requires_grad_()
+    layer = random_layer(172, 37, 64, offset=True)
+    x = normal(*batch, 172, dtype=dtype).requires_grad_()
     upstream = normal(*batch, 37, dtype=dtype, seed=3)
     y = layer(x)
     assert_close(y.detach(), x, layer)

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dbllm_cli.fdb.linear import FdbLinear
+from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.kernels import PackedBlock, cpu_kernels
 from dbllm_cli.llm.attention import NAME, use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.skipif(cpu_kernels() is None, reason="the CPU kernels a
 _LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3"]
 
 
-def _packed(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def _packed(
+    family: str, dtype: torch.dtype = torch.float32, levels: LevelKind = "plain"
+) -> PreTrainedModel:
     """A model of random planes, without the kernels' attention and blocks."""
     model = build_model(FAMILIES[family]()).requires_grad_(False)
     biases = {name: bias for name, bias in model.named_parameters() if name.endswith(".bias")}
@@ -37,14 +40,19 @@ def _packed(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
             layer.weight.random_(0, 256, generator=generator)
             layer.alpha.uniform_(0.05, 0.2, generator=generator)
             layer.alpha[1] *= -1
+            if levels == "offset":
+                layer.levels = levels
+                layer.alpha = torch.cat((layer.alpha, -layer.alpha[:1] / 2))
             if layer.bias is not None:
                 layer.bias.data = biases[f"{name}.bias"].data
             layer.use_cpu_kernels()
     return model.to(dtype)  # type: ignore[no-any-return, arg-type]
 
 
-def _served(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    model = _packed(family, dtype)
+def _served(
+    family: str, dtype: torch.dtype = torch.float32, levels: LevelKind = "plain"
+) -> PreTrainedModel:
+    model = _packed(family, dtype, levels)
     use_cpu_attention(model)
     use_block_kernels(model)
     return model
@@ -77,14 +85,18 @@ def _fused(model: PreTrainedModel) -> int:
     return sum("forward" in vars(layer) for layer in find_blocks(model).modules)
 
 
+@pytest.mark.parametrize("levels", ["plain", "offset"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_generation_gives_the_logits_of_transformers_own_operators(family: str, cache: str) -> None:
+def test_generation_gives_the_logits_of_transformers_own_operators(
+    family: str, cache: str, levels: LevelKind
+) -> None:
     options = {"cache_implementation": cache, "disable_compile": True}
-    model = _served(family)
+    model = _served(family, levels=levels)
     assert model.config._attn_implementation in (NAME, "eager")
     assert _fused(model) == (2 if family.partition("-")[0] in _LLAMA_LIKE else 0)
-    assert _same(_logits(model, **options), _logits(_packed(family), **options))
+    expected = _logits(_packed(family, levels=levels), **options)
+    assert _same(_logits(model, **options), expected)
 
 
 @pytest.mark.parametrize("family", _LLAMA_LIKE)

@@ -25,6 +25,13 @@ TOO_FAST: dict[str, Any] = SETTINGS | {"scale_lr": 2.0, "eval_every": 1, "steps"
 
 
 @pytest.fixture
+def start(workshop: Workshop, llama: Artifact, calibration: Artifact) -> Artifact:
+    """Plain levels: of an offset's a model of random weights has nothing to learn in few steps."""
+    inputs = {"model": llama, "calibration": calibration}
+    return workshop.make("init-fdb", inputs, levels="plain")
+
+
+@pytest.fixture
 def distilled(workshop: Workshop, training: dict[str, Artifact]) -> Artifact:
     """Scales trained."""
     return workshop.make("distill", training, **SETTINGS)

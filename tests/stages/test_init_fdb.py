@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
@@ -31,7 +32,7 @@ def squared_error(fdb: Artifact, folder: Path, importance: dict[str, torch.Tenso
     error = size = 0.0
     for name in quantized(fdb):
         original = originals[f"{name}.weight"]
-        dense = dequantized(tensors[f"{name}.weight"], tensors[f"{name}.alpha"], original.shape[1])
+        dense = dequantized(tensors, name, original.shape[1])
         weights = importance.get(name, torch.ones(original.shape[1]))
         error += float(((dense - original).square() * weights).sum())
         size += float((original.square() * weights).sum())
@@ -49,16 +50,20 @@ def test_every_linear_layer_of_the_blocks_is_quantized_and_nothing_else(
         (2, 64, 13),
     )
     assert (tensors[f"{down}.alpha"].dtype, tensors[f"{down}.alpha"].shape) == (
-        torch.float16,
-        (2, 64, 2),
+        torch.uint16,
+        (1, 64, 2),
     )
+    assert tensors[f"{down}.row_exponent"].shape == (64,)
     for name, original in load_file(llama_folder / "model.safetensors").items():
         if name.removesuffix(".weight") not in LAYERS:
             assert torch.equal(tensors[name], original.bfloat16())
 
 
-def test_the_scales_keep_their_signs_and_padding_is_zero(start: Artifact) -> None:
-    tensors = load_file(start.path / "model.safetensors")
+def test_the_scales_keep_their_signs_and_padding_is_zero(
+    workshop: Workshop, llama: Artifact
+) -> None:
+    plain = workshop.make("init-fdb", {"model": llama}, levels="plain")
+    tensors = load_file(plain.path / "model.safetensors")
     for name in LAYERS:
         alpha = tensors[f"{name}.alpha"]
         assert (alpha[0] >= 0).all()
@@ -71,11 +76,29 @@ def test_each_method_is_better_than_the_one_before(
     workshop: Workshop, llama: Artifact, llama_folder: Path
 ) -> None:
     errors = [
-        squared_error(workshop.make("init-fdb", {"model": llama}, method=method), llama_folder, {})
-        for method in ("paper", "mse", "als")
+        squared_error(
+            workshop.make("init-fdb", {"model": llama}, method=method, levels=levels),
+            llama_folder,
+            {},
+        )
+        for method, levels in (
+            ("paper", "plain"),
+            ("mse", "plain"),
+            ("als", "tied"),
+            ("als", "plain"),
+            ("als", "offset"),
+        )
     ]
-    assert errors[0] > errors[1] > errors[2]
-    assert errors == pytest.approx([0.17, 0.124, 0.115], abs=0.02)
+    assert errors == sorted(errors, reverse=True)
+    assert errors == pytest.approx([0.17, 0.124, 0.123, 0.115, 0.101], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "levels"), [("paper", "offset"), ("mse", "offset"), ("gptq", "tied")]
+)
+def test_levels_that_a_method_does_not_find_are_refused(method: str, levels: str) -> None:
+    with pytest.raises(ValueError, match=f"method {method}"):
+        InitFdbConfig(method=method, levels=levels)
 
 
 def test_the_calibration_weighs_the_inputs(
@@ -91,7 +114,7 @@ def test_the_calibration_weighs_the_inputs(
 def test_the_report_tells_the_error_and_the_zeros_of_each_layer(
     workshop: Workshop, llama: Artifact, llama_folder: Path
 ) -> None:
-    outcome = workshop.run("init-fdb", {"model": llama}, method="mse")
+    outcome = workshop.run("init-fdb", {"model": llama}, method="mse", levels="plain")
     report = json.loads((outcome.artifact.path / "layers.json").read_text())
     assert set(report) == LAYERS
     name = "model.layers.0.mlp.down_proj"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dbllm_cli.configs import PackConfig
-from dbllm_cli.errors import ArtifactCorruptError, ConfigError
+from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.llm.models import load_model
 from dbllm_cli.llm.packed import PackedFolder
 from dbllm_cli.store import Artifact
@@ -67,10 +67,11 @@ def test_unpacking_gives_exactly_what_training_ended_with(
 
 def test_the_size_on_disk_is_that_of_the_arithmetic(workshop: Workshop, start: Artifact) -> None:
     outcome = workshop.run("pack", {"fdb": start})
-    # A row of 64 inputs: 8 bytes in each plane, one group; of 100: 13 bytes and two groups.
+    # A row of 64 inputs: 8 bytes in each plane, a group of 2 bytes, an exponent; of 100: 13 bytes
+    # and two groups.
     rows = 2 * (64 + 32 + 32 + 64 + 100 + 100)
     short_rows = 2 * 64
-    quantized = rows * (2 * 8 + 2 * 2) + short_rows * (2 * 13 + 2 * 2 * 2)
+    quantized = rows * (2 * 8 + 2 + 1) + short_rows * (2 * 13 + 2 * 2 + 1)
     others = 2 * (288 * 64 * 2 + 5 * 64)
     file = outcome.artifact.path / "model.safetensors"
     assert file.stat().st_size - header_size(file) == quantized + others
@@ -111,8 +112,7 @@ def test_the_dense_format_equals_the_dequantized_weights(
     for name, tensor in model.state_dict().items():
         layer = name.removesuffix(".weight")
         if f"{layer}.alpha" in stored:
-            alpha = stored[f"{layer}.alpha"]
-            expected = dequantized(stored[name], alpha, originals[name].shape[1]).bfloat16()
+            expected = dequantized(stored, layer, originals[name].shape[1]).bfloat16()
         else:
             expected = stored[name]
         assert torch.equal(tensor, expected), name
@@ -124,7 +124,7 @@ def test_tied_embeddings_stay_tied_and_are_stored_once(
     workshop: Workshop, tmp_path: Path, family: str, format_name: str
 ) -> None:
     model = workshop.model(save_model(tmp_path / "tied", family))
-    fdb = workshop.make("init-fdb", {"model": model}, method="mse")
+    fdb = workshop.make("init-fdb", {"model": model}, method="mse", levels="plain")
     packed = workshop.make("pack", {"fdb": fdb}, format=format_name)
     assert [name for name, tensor in tensors_of(packed).items() if 288 in tensor.shape] == [
         "transformer.wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
@@ -139,7 +139,7 @@ def test_embeddings_in_8_bits_load_and_save_and_change_the_logits_little(
     workshop: Workshop, tmp_path: Path, family: str
 ) -> None:
     model = workshop.model(save_model(tmp_path / "model", family))
-    fdb = workshop.make("init-fdb", {"model": model}, method="mse")
+    fdb = workshop.make("init-fdb", {"model": model}, method="mse", levels="plain")
     kept = workshop.make("pack", {"fdb": fdb})
     small = workshop.run("pack", {"fdb": fdb}, embeddings="int8")
     sizes = [size_of(a) for a in (kept, small.artifact)]
@@ -152,36 +152,38 @@ def test_embeddings_in_8_bits_load_and_save_and_change_the_logits_little(
 
 @pytest.mark.parametrize("embeddings", ["kept", "int8"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_scales_in_8_bits_load_and_save_and_change_the_logits_little(
+def test_levels_with_an_offset_are_packed_in_16_bits_a_group_and_load_and_save(
     workshop: Workshop, tmp_path: Path, family: str, embeddings: str
 ) -> None:
     model = workshop.model(save_model(tmp_path / "model", family))
-    fdb = workshop.make("init-fdb", {"model": model}, method="als", group_size=16)
-    plain = workshop.run("pack", {"fdb": fdb}, embeddings=embeddings)
-    small = workshop.run("pack", {"fdb": fdb}, embeddings=embeddings, scales="float8")
-    sizes = [size_of(run.artifact) for run in (plain, small)]
-    assert small.metrics["weight_bytes"] == sizes[1] < sizes[0]
-    weights = small.metrics["quantized_weights"]
-    saved = (plain.metrics["bits_per_quantized_weight"]
-             - small.metrics["bits_per_quantized_weight"]) * weights / 8  # fmt: skip
-    assert saved == pytest.approx(sizes[0] - sizes[1], abs=0.01 * saved)
-    models = (load_model(run.artifact.path, torch.float32) for run in (plain, small))
-    assert 0 < change_of_logits(*models, tmp_path / "again") < 0.04
-    stored = load_file(small.artifact.path / "model.safetensors")
+    fdb = workshop.make("init-fdb", {"model": model}, group_size=16)
+    packed = workshop.run("pack", {"fdb": fdb}, embeddings=embeddings)
+    assert packed.metrics["weight_bytes"] == size_of(packed.artifact)
+    stored = load_file(packed.artifact.path / "model.safetensors")
+    codes = [name for name in stored if name.endswith((".alpha", ".row_exponent"))]
+    assert {stored[name].dtype for name in codes} == {torch.uint16, torch.int8}
+    layers = [name.removesuffix(".alpha") for name in codes if name.endswith(".alpha")]
+    bits = 8 * sum(
+        stored[f"{layer}.{part}"].nbytes
+        for layer in layers
+        for part in ("weight", "alpha", "row_exponent")
+    )
+    told = packed.metrics["bits_per_quantized_weight"]
+    assert told == pytest.approx(bits / packed.metrics["quantized_weights"], abs=1e-5)
+    load_model(packed.artifact.path, torch.float32).save_pretrained(tmp_path / "again")
     kept = load_file(tmp_path / "again" / "model.safetensors")
-    codes = [name for name in stored if name.endswith((".alpha", ".row_scale"))]
-    assert {stored[name].dtype for name in codes} == {torch.uint8, torch.float16}
     for name in codes:
         assert kept[name].dtype == stored[name].dtype
         assert torch.equal(kept[name], stored[name]), name
 
 
-def test_tied_scales_stay_tied_through_training_and_are_packed_as_one(
-    workshop: Workshop, training: dict[str, Artifact]
+@pytest.mark.parametrize(("levels", "bits"), [("tied", 2.28), ("offset", 2.38)])
+def test_levels_stay_what_they_are_through_training_and_are_packed_as_they_are(
+    workshop: Workshop, training: dict[str, Artifact], levels: str, bits: float
 ) -> None:
     inputs = {"model": training["model"], "calibration": training["calibration"]}
-    tied = workshop.make("init-fdb", inputs, tied=True)
-    reconstructed = workshop.run("reconstruct", {**training, "student": tied}, batch_size=3)
+    start = workshop.make("init-fdb", inputs, levels=levels)
+    reconstructed = workshop.run("reconstruct", {**training, "student": start}, batch_size=3)
     assert all(block["error_before"] < 0.5 for block in reconstructed.metrics["blocks"])
     trained = reconstructed.artifact
     for train in ("scales", "weights"):
@@ -193,8 +195,9 @@ def test_tied_scales_stay_tied_through_training_and_are_packed_as_one(
         steps = {name: tensor for name, tensor in after.items() if name.endswith(".alpha")}
         assert {len(step) for step in steps.values()} == {1}
         assert any(not torch.equal(step, before[name]) for name, step in steps.items())
-    # A row of 64 inputs: 8 bytes in each plane, one step; of 100: 13 bytes and two steps.
-    assert outcome.metrics["bits_per_quantized_weight"] == pytest.approx(2.28, abs=0.04)
+    # A row of 64 inputs: 8 bytes in each plane, 16 bits of scales; of 100: 13 bytes and 32 bits.
+    # With an offset 8 bits a row more.
+    assert outcome.metrics["bits_per_quantized_weight"] == pytest.approx(bits, abs=0.04)
     ids = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
         packed, fdb = (
@@ -202,27 +205,23 @@ def test_tied_scales_stay_tied_through_training_and_are_packed_as_one(
             for artifact in (outcome.artifact, distilled)
         )
     assert torch.equal(packed, fdb)
-    with pytest.raises(ConfigError, match="no float8 form"):
-        workshop.make("pack", {"fdb": distilled}, scales="float8")
 
 
-def test_codes_where_the_configuration_tells_of_float16_are_refused(
+def test_codes_where_the_configuration_tells_of_plain_levels_are_refused(
     workshop: Workshop, start: Artifact, tmp_path: Path
 ) -> None:
-    small = workshop.make("pack", {"fdb": start}, scales="float8")
-    folder = shutil.copytree(small.path, tmp_path / "folder")
+    folder = shutil.copytree(start.path, tmp_path / "folder")
     config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]["scale_format"]
+    del config["quantization_config"]["levels"]
     (folder / "config.json").write_text(json.dumps(config))
     name = PackedFolder(folder).layer_names()[0]
-    with pytest.raises(ArtifactCorruptError, match="do not fit 64 inputs and float16 scales"):
+    with pytest.raises(ArtifactCorruptError, match="do not fit 64 inputs and plain levels"):
         PackedFolder(folder).layer(name, 64)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("embeddings", "int8"), ("scales", "float8")])
-def test_a_dense_export_has_nothing_in_8_bits(setting: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"leave out {setting} {value}"):
-        PackConfig(format="dense", **{setting: value})
+def test_a_dense_export_has_nothing_in_8_bits() -> None:
+    with pytest.raises(ValueError, match="leave out embeddings int8"):
+        PackConfig(format="dense", embeddings="int8")
 
 
 def test_other_files_of_the_models_folder_are_kept_and_weights_are_not(
@@ -236,7 +235,7 @@ def test_other_files_of_the_models_folder_are_kept_and_weights_are_not(
     (folder / "README.md").write_text("the model's own card")
     for weights in ("pytorch_model.bin", "model.onnx", "tf_model.h5", "consolidated.pth"):
         (folder / weights).write_bytes(b"weights")
-    fdb = workshop.make("init-fdb", {"model": workshop.model(folder)}, method="mse")
+    fdb = workshop.make("init-fdb", {"model": workshop.model(folder)}, method="mse", levels="plain")
     packed = workshop.make("pack", {"fdb": fdb})
     kept = {path.name for path in folder.iterdir()} - {"config.json", "model.safetensors"}
     for name in kept - {"README.md"}:

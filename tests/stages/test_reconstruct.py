@@ -10,7 +10,7 @@ from dbllm_cli.llm.models import load_model
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
 from tests.stages.conftest import KilledAndResumed
-from tests.tiny_models import dequantized
+from tests.tiny_models import dequantized, levels_of
 
 SETTINGS: dict[str, Any] = {"batch_size": 3, "passes": 12, "warmup_steps": 1}
 ALMOST_STILL: dict[str, Any] = SETTINGS | {"passes": 1, "latent_lr": 1e-12, "scale_lr": 1e-12}
@@ -87,11 +87,9 @@ def test_what_is_stored_is_what_the_latent_weights_give(reconstructed: Artifact)
     latents = load_file(reconstructed.path / "latents.safetensors")
     assert len(latents) == 14
     for name, latent in latents.items():
-        planes, alpha = tensors[f"{name}.weight"], tensors[f"{name}.alpha"]
-        first, second = alpha.float().repeat_interleave(64, dim=-1)[..., : latent.shape[1]]
-        levels = torch.stack((torch.zeros_like(first), second, first, first + second))
+        levels = levels_of(tensors, name).repeat_interleave(64, dim=-1)[..., : latent.shape[1]]
         nearest = (levels - latent).abs().min(0).values
-        dense = dequantized(planes, alpha, latent.shape[1])
+        dense = dequantized(tensors, name, latent.shape[1])
         torch.testing.assert_close((dense - latent).abs(), nearest, rtol=0, atol=1e-6)
 
 

@@ -178,7 +178,7 @@ TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64
     }
 }
 
-const fdb_kernel fdb_avx2_integer = {"avx2", WORD_TABLE, make_table, NULL, add_block};
+const fdb_kernel fdb_avx2_integer = {"avx2", WORD_TABLE, make_table, NULL, add_block, add_offsets};
 
 static int supported(void) {
     __builtin_cpu_init();
@@ -186,11 +186,11 @@ static int supported(void) {
            __builtin_cpu_supports("f16c");
 }
 
-const fdb_instruction_set fdb_avx2 = {
-    "avx2",          &fdb_avx2_integer,  &fdb_avx2_exact,       int8_rows_avx2,    attention_avx2,
-    gated_silu_avx2, latent_levels_avx2, latent_gradients_avx2, distillation_avx2, supported};
+const fdb_instruction_set fdb_avx2 = {"avx2",         &fdb_avx2_integer, &fdb_avx2_exact,
+                                      int8_rows_avx2, attention_avx2,    gated_silu_avx2,
+                                      &training_avx2, supported};
 
 #else
 static int supported(void) { return 0; }
-const fdb_instruction_set fdb_avx2 = {"avx2", 0, 0, 0, 0, 0, 0, 0, 0, supported};
+const fdb_instruction_set fdb_avx2 = {"avx2", 0, 0, 0, 0, 0, 0, supported};
 #endif

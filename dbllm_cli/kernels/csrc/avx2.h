@@ -33,6 +33,20 @@ INLINE __m256 load_scales(const uint8_t* halves) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)halves));
 }
 
+TARGET static void add_offsets(const uint8_t* halves, int64_t groups, const float* sums,
+                               int64_t columns, float* y) {
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t row = 0; row < FDB_BLOCK_ROWS; row += 8) {
+            float* to = y + c * FDB_BLOCK_ROWS + row;
+            __m256 total = _mm256_loadu_ps(to);
+            for (int64_t group = 0; group < groups; group++)
+                total = _mm256_fmadd_ps(_mm256_set1_ps(sums[group * columns + c]),
+                                        load_scales(halves + (group * FDB_BLOCK_ROWS + row) * 2),
+                                        total);
+            _mm256_storeu_ps(to, total);
+        }
+}
+
 #endif
 
 extern const fdb_kernel fdb_avx2_integer;

@@ -64,6 +64,7 @@ TARGET static void add_tile(const uint8_t* tile, int64_t words, const uint8_t* t
     }
 }
 
-const fdb_kernel fdb_avx2_exact = {"avx2-exact", WORD_TABLE, make_table, add_tile, NULL};
+const fdb_kernel fdb_avx2_exact = {"avx2-exact", WORD_TABLE, make_table,
+                                   add_tile,     NULL,       add_offsets};
 
 #endif

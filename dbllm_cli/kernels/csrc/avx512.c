@@ -214,7 +214,8 @@ TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64
         block_one_column(shape, tiles, tables, steps, from, to, (int)count % FDB_BLOCK_TILES, y);
 }
 
-const fdb_kernel fdb_avx512_integer = {"avx512", WORD_TABLE, make_table, NULL, add_block};
+const fdb_kernel fdb_avx512_integer = {"avx512", WORD_TABLE, make_table,
+                                       NULL,     add_block,  add_offsets};
 
 static int supported(void) {
     __builtin_cpu_init();
@@ -223,18 +224,11 @@ static int supported(void) {
            __builtin_cpu_supports("fma");
 }
 
-const fdb_instruction_set fdb_avx512 = {"avx512",
-                                        &fdb_avx512_integer,
-                                        &fdb_avx512_exact,
-                                        int8_rows_avx512,
-                                        attention_avx512,
-                                        gated_silu_avx512,
-                                        latent_levels_avx512,
-                                        latent_gradients_avx512,
-                                        distillation_avx512,
-                                        supported};
+const fdb_instruction_set fdb_avx512 = {
+    "avx512",         &fdb_avx512_integer, &fdb_avx512_exact, int8_rows_avx512,
+    attention_avx512, gated_silu_avx512,   &training_avx512,  supported};
 
 #else
 static int supported(void) { return 0; }
-const fdb_instruction_set fdb_avx512 = {"avx512", 0, 0, 0, 0, 0, 0, 0, 0, supported};
+const fdb_instruction_set fdb_avx512 = {"avx512", 0, 0, 0, 0, 0, 0, supported};
 #endif

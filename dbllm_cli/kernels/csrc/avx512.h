@@ -28,6 +28,20 @@ INLINE __m512 load_scales(const uint8_t* halves) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)halves));
 }
 
+TARGET static void add_offsets(const uint8_t* halves, int64_t groups, const float* sums,
+                               int64_t columns, float* y) {
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t row = 0; row < FDB_BLOCK_ROWS; row += FDB_TILE_ROWS) {
+            float* to = y + c * FDB_BLOCK_ROWS + row;
+            __m512 total = _mm512_loadu_ps(to);
+            for (int64_t group = 0; group < groups; group++)
+                total = _mm512_fmadd_ps(_mm512_set1_ps(sums[group * columns + c]),
+                                        load_scales(halves + (group * FDB_BLOCK_ROWS + row) * 2),
+                                        total);
+            _mm512_storeu_ps(to, total);
+        }
+}
+
 #endif
 
 extern const fdb_kernel fdb_avx512_integer;

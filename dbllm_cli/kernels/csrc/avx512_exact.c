@@ -78,6 +78,7 @@ TARGET static void add_block(const fdb_shape* shape, const uint8_t* tiles, int64
     }
 }
 
-const fdb_kernel fdb_avx512_exact = {"avx512-exact", WORD_TABLE, make_table, NULL, add_block};
+const fdb_kernel fdb_avx512_exact = {"avx512-exact", WORD_TABLE, make_table,
+                                     NULL,           add_block,  add_offsets};
 
 #endif

@@ -1,20 +1,31 @@
 #include "distillation.h"
 #include "latents.h"
+#include "planes.h"
 #include "training.h"
 
 #if defined(__x86_64__)
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,fma,prefer-vector-width=512")))
 
-TARGET void latent_levels_avx512(const latent_group* group, void* dense) {
+TARGET static void levels(const latent_group* group, void* dense) {
     latent_levels_any(group, dense);
 }
 
-TARGET void latent_gradients_avx512(const latent_group* group, const void* dense, float* latent,
-                                    float* alpha1, float* alpha2) {
-    latent_gradients_any(group, dense, latent, alpha1, alpha2);
+TARGET static scale_gradients gradients(const latent_group* group, const void* dense,
+                                        float* latent) {
+    return latent_gradients_any(group, dense, latent);
 }
 
-TARGET void distillation_avx512(distillation_token* token) { distillation_any(token); }
+TARGET static void of_planes(const plane_group* group, void* dense) {
+    plane_levels_any(group, dense);
+}
+
+TARGET static scale_gradients to_scales(const plane_group* group, const void* dense) {
+    return plane_gradients_any(group, dense);
+}
+
+TARGET static void distil(distillation_token* token) { distillation_any(token); }
+
+const training_kernels training_avx512 = {levels, gradients, of_planes, to_scales, distil};
 
 #endif

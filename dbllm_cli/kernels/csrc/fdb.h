@@ -1,4 +1,5 @@
-/* The packed product on a CPU: y = alpha1 (b1 x) + alpha2 (b2 x), over weights laid out in tiles.
+/* The packed product on a CPU: y = alpha1 (b1 x) + alpha2 (b2 x) + beta (1 x), over weights laid
+ * out in tiles.
  *
  * Nothing here knows of torch or of threads: a caller makes the tables of its activations, then
  * calls the product for ranges of blocks of rows, from as many threads as it likes.
@@ -9,6 +10,9 @@
  * bit i. Tiles follow each other in the order: stretch of groups (FDB_STRETCH_INPUTS inputs), block
  * of FDB_BLOCK_TILES tiles, group of the stretch, tile of the block. Rows beyond the last are zero;
  * so are inputs beyond the last, of which a short last group has fewer than 32.
+ *
+ * Where the groups have an offset beta, all tiles are followed by the offsets in float16, for every
+ * block of FDB_BLOCK_ROWS rows those of its rows group by group.
  */
 #ifndef DBLLM_FDB_H
 #define DBLLM_FDB_H
@@ -77,6 +81,10 @@ static inline int64_t fdb_block_offset(const fdb_shape* s, int64_t first, int64_
     return fdb_tiles(s) * fdb_tile_bytes(s, 0, first) +
            block * FDB_BLOCK_TILES * fdb_tile_bytes(s, first, last);
 }
+/* Where the offsets begin. */
+static inline int64_t fdb_offsets_start(const fdb_shape* s) {
+    return fdb_tiles(s) * fdb_tile_bytes(s, 0, fdb_groups(s));
+}
 static inline int64_t fdb_block_tiles(const fdb_shape* s, int64_t block) {
     return fdb_min(FDB_BLOCK_TILES, fdb_tiles(s) - block * FDB_BLOCK_TILES);
 }
@@ -114,6 +122,9 @@ static inline float fdb_largest_magnitude(const float* x, int64_t count) {
  *
  * `block`, in place of `tile`: adds the groups `from` up to `to` (one stretch) of a block of
  * `count` tiles to y [column][FDB_BLOCK_ROWS]; tables [word][column], steps [group][column].
+ *
+ * `offsets`: adds the offsets of a block, float16 [group][FDB_BLOCK_ROWS], times the sums of its
+ *   inputs [group][column] to y [column][FDB_BLOCK_ROWS].
  */
 typedef struct {
     const char* name;
@@ -123,17 +134,25 @@ typedef struct {
                  float step, float* y);
     void (*block)(const fdb_shape* shape, const uint8_t* tiles, int64_t count, int64_t from,
                   int64_t to, const uint8_t* tables, const float* steps, int64_t columns, float* y);
+    void (*offsets)(const uint8_t* halves, int64_t groups, const float* sums, int64_t columns,
+                    float* y);
 } fdb_kernel;
 
-/* Tables and steps of x [columns][words * 32] for the groups `first` up to `last`. */
-void fdb_make_tables(const fdb_kernel* kernel, const fdb_shape* shape, const float* x,
-                     int64_t columns, int64_t first, int64_t last, uint8_t* tables, float* steps);
+/* What a product needs of its inputs, of every group and column. */
+typedef struct {
+    uint8_t* tables;
+    float *steps, *sums; /* [group][column] */
+} fdb_inputs;
+
+/* The inputs x [columns][words * 32] of the groups `first` up to `last`. */
+void fdb_make_inputs(const fdb_kernel* kernel, const fdb_shape* shape, const float* x,
+                     int64_t columns, int64_t first, int64_t last, const fdb_inputs* inputs);
 
 /* y [block][column][FDB_BLOCK_ROWS] for the blocks `first` up to `last`; the same bytes for any
- * division into ranges. */
+ * division into ranges. `offsets`: behind the tiles, or NULL. */
 void fdb_make_product(const fdb_kernel* kernel, const fdb_shape* shape, const uint8_t* tiles,
-                      const uint8_t* tables, const float* steps, int64_t columns, int64_t first,
-                      int64_t last, float* y);
+                      const uint8_t* offsets, const fdb_inputs* inputs, int64_t columns,
+                      int64_t first, int64_t last, float* y);
 
 /* Integer kernels round the activations of a group to 12 or 13 bits; exact ones add in float32. */
 typedef struct {
@@ -143,9 +162,7 @@ typedef struct {
     int8_rows* int8;
     attention* attention;
     gated_activation* gated_silu;
-    latent_levels* levels;
-    latent_gradients* gradients;
-    distillation* distil;
+    const training_kernels* training;
     int (*supported)(void);
 } fdb_instruction_set;
 

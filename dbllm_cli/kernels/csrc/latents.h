@@ -17,6 +17,7 @@ typedef struct {
 DECODE_INLINE latent_cells latent_cells_of(const latent_group* g) {
     float middle = g->alpha1 + g->alpha2;
     latent_cells c = {.levels = {g->alpha2, fminf(middle, 0), fmaxf(middle, 0), g->alpha1}};
+    for (int i = 0; i < 4; i++) c.levels[i] += g->beta;
     for (int i = 0; i < 3; i++) c.borders[i] = (c.levels[i] + c.levels[i + 1]) / 2;
     return c;
 }
@@ -55,8 +56,8 @@ DECODE_INLINE void latent_add(const latent_cells* c, float below, float beyond, 
     *latent = (w >= below) & (w <= beyond) ? gradient : 0;
 }
 
-DECODE_INLINE void latent_gradients_of(const latent_group* g, const void* dense, float* latent,
-                                       float* alpha1, float* alpha2, int bfloat16) {
+DECODE_INLINE scale_gradients latent_gradients_of(const latent_group* g, const void* dense,
+                                                  float* latent, int bfloat16) {
     latent_cells c = latent_cells_of(g);
     latent_sums sums = {0};
     float below = c.levels[0] - (c.levels[1] - c.levels[0]) / 2;
@@ -72,17 +73,19 @@ DECODE_INLINE void latent_gradients_of(const latent_group* g, const void* dense,
     float all = training_total(sums.all), above0 = training_total(sums.above[0]);
     float above1 = training_total(sums.above[1]), above2 = training_total(sums.above[2]);
     /* Cells from the lowest: b2, both or none, none or both, b1 (levels.py). */
-    int upright = g->alpha1 + g->alpha2 >= 0, dead = g->alpha1 == 0 && g->alpha2 == 0;
-    *alpha1 = dead ? 0 : upright ? above1 : above2 + (above0 - above1);
-    *alpha2 = dead ? 0 : upright ? (all - above0) + (above1 - above2) : all - above1;
+    int upright = g->alpha1 + g->alpha2 >= 0;
+    if (g->alpha1 == 0 && g->alpha2 == 0) return (scale_gradients){0};
+    return (scale_gradients){
+        .alpha1 = upright ? above1 : above2 + (above0 - above1),
+        .alpha2 = upright ? (all - above0) + (above1 - above2) : all - above1,
+        .beta = all,
+    };
 }
 
-DECODE_INLINE void latent_gradients_any(const latent_group* g, const void* dense, float* latent,
-                                        float* alpha1, float* alpha2) {
-    if (g->bfloat16)
-        latent_gradients_of(g, dense, latent, alpha1, alpha2, 1);
-    else
-        latent_gradients_of(g, dense, latent, alpha1, alpha2, 0);
+DECODE_INLINE scale_gradients latent_gradients_any(const latent_group* g, const void* dense,
+                                                   float* latent) {
+    return g->bfloat16 ? latent_gradients_of(g, dense, latent, 1)
+                       : latent_gradients_of(g, dense, latent, 0);
 }
 
 #endif

@@ -37,9 +37,10 @@ static void copy_row(const transfer* t, int64_t group, int64_t row, uint8_t* til
     }
 }
 
+/* Without offsets. */
 EXPORT int64_t dbllm_tiles_bytes(int64_t in_features, int64_t out_features, int64_t group_size) {
     fdb_shape shape = {in_features, out_features, group_size};
-    return fdb_tiles(&shape) * fdb_tile_bytes(&shape, 0, fdb_groups(&shape));
+    return fdb_offsets_start(&shape);
 }
 
 /* Copies a layer to its tiles, or back. Tiles must be zero before they are written. */

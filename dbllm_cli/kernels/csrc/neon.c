@@ -90,20 +90,31 @@ static void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables, 
     }
 }
 
+static void add_offsets(const uint8_t* halves, int64_t groups, const float* sums, int64_t columns,
+                        float* y) {
+    for (int64_t c = 0; c < columns; c++)
+        for (int64_t row = 0; row < FDB_BLOCK_ROWS; row += LANES) {
+            float* to = y + c * FDB_BLOCK_ROWS + row;
+            float32x4_t total = vld1q_f32(to);
+            for (int64_t group = 0; group < groups; group++)
+                total = vfmaq_n_f32(total, load_scales(halves + (group * FDB_BLOCK_ROWS + row) * 2),
+                                    sums[group * columns + c]);
+            vst1q_f32(to, total);
+        }
+}
+
 static int supported(void) { return 1; }
-static const fdb_kernel integer = {"neon", WORD_TABLE, make_table, add_tile, NULL};
+static const fdb_kernel integer = {"neon", WORD_TABLE, make_table, add_tile, NULL, add_offsets};
 const fdb_instruction_set fdb_neon = {"neon",
                                       &integer,
                                       &fdb_portable_exact,
                                       int8_rows_portable,
                                       attention_portable,
                                       gated_silu_portable,
-                                      latent_levels_portable,
-                                      latent_gradients_portable,
-                                      distillation_portable,
+                                      &training_portable,
                                       supported};
 
 #else
 static int supported(void) { return 0; }
-const fdb_instruction_set fdb_neon = {"neon", 0, 0, 0, 0, 0, 0, 0, 0, supported};
+const fdb_instruction_set fdb_neon = {"neon", 0, 0, 0, 0, 0, 0, supported};
 #endif

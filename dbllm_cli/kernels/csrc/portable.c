@@ -53,16 +53,22 @@ static void add_tile(const uint8_t* tile, int64_t words, const uint8_t* tables, 
     }
 }
 
+static void add_offsets(const uint8_t* halves, int64_t groups, const float* sums, int64_t columns,
+                        float* y) {
+    for (int64_t group = 0; group < groups; group++)
+        for (int64_t row = 0; row < FDB_BLOCK_ROWS; row++) {
+            uint16_t half;
+            memcpy(&half, halves + (group * FDB_BLOCK_ROWS + row) * 2, 2);
+            float beta = fdb_from_float16(half);
+            for (int64_t c = 0; c < columns; c++)
+                y[c * FDB_BLOCK_ROWS + row] += beta * sums[group * columns + c];
+        }
+}
+
 static int always(void) { return 1; }
 
-const fdb_kernel fdb_portable_exact = {"portable", WORD_TABLE, make_table, add_tile, NULL};
-const fdb_instruction_set fdb_portable = {"portable",
-                                          &fdb_portable_exact,
-                                          &fdb_portable_exact,
-                                          int8_rows_portable,
-                                          attention_portable,
-                                          gated_silu_portable,
-                                          latent_levels_portable,
-                                          latent_gradients_portable,
-                                          distillation_portable,
-                                          always};
+const fdb_kernel fdb_portable_exact = {"portable", WORD_TABLE, make_table,
+                                       add_tile,   NULL,       add_offsets};
+const fdb_instruction_set fdb_portable = {
+    "portable",         &fdb_portable_exact, &fdb_portable_exact, int8_rows_portable,
+    attention_portable, gated_silu_portable, &training_portable,  always};

@@ -3,16 +3,29 @@
 
 #include "fdb.h"
 
-void fdb_make_tables(const fdb_kernel* kernel, const fdb_shape* shape, const float* x,
-                     int64_t columns, int64_t first, int64_t last, uint8_t* tables, float* steps) {
+enum { LANES = 16 };
+
+/* In lanes, as vectors add them. */
+static float sum_of(const float* x, int64_t words) {
+    float lanes[LANES] = {0}, sum = 0;
+    for (int64_t i = 0; i < words * FDB_WORD_INPUTS; i += LANES)
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] += x[i + lane];
+    for (int lane = 0; lane < LANES; lane++) sum += lanes[lane];
+    return sum;
+}
+
+void fdb_make_inputs(const fdb_kernel* kernel, const fdb_shape* shape, const float* x,
+                     int64_t columns, int64_t first, int64_t last, const fdb_inputs* inputs) {
     int64_t all_words = fdb_words_before(shape, fdb_groups(shape));
     for (int64_t group = first; group < last; group++) {
         int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
-        for (int64_t column = 0; column < columns; column++)
-            steps[group * columns + column] =
-                kernel->table(x + (column * all_words + word) * FDB_WORD_INPUTS, words,
-                              columns * kernel->table_bytes,
-                              tables + (word * columns + column) * kernel->table_bytes);
+        for (int64_t column = 0; column < columns; column++) {
+            const float* own = x + (column * all_words + word) * FDB_WORD_INPUTS;
+            inputs->sums[group * columns + column] = sum_of(own, words);
+            inputs->steps[group * columns + column] =
+                kernel->table(own, words, columns * kernel->table_bytes,
+                              inputs->tables + (word * columns + column) * kernel->table_bytes);
+        }
     }
 }
 
@@ -35,11 +48,17 @@ static void add_tiles(const fdb_kernel* kernel, const fdb_shape* shape, const ui
 }
 
 void fdb_make_product(const fdb_kernel* kernel, const fdb_shape* shape, const uint8_t* tiles,
-                      const uint8_t* tables, const float* steps, int64_t columns, int64_t first,
-                      int64_t last, float* y) {
+                      const uint8_t* offsets, const fdb_inputs* inputs, int64_t columns,
+                      int64_t first, int64_t last, float* y) {
+    const uint8_t* tables = inputs->tables;
+    const float* steps = inputs->steps;
     int64_t groups = fdb_groups(shape), stretch = fdb_stretch_groups(shape);
     int64_t block_floats = columns * FDB_BLOCK_ROWS;
     memset(y + first * block_floats, 0, (size_t)((last - first) * block_floats) * sizeof *y);
+    if (offsets != NULL)
+        for (int64_t block = first; block < last; block++)
+            kernel->offsets(offsets + block * groups * FDB_BLOCK_ROWS * 2, groups, inputs->sums,
+                            columns, y + block * block_floats);
     for (int64_t from = 0; from < groups; from += stretch) {
         int64_t to = fdb_min(groups, from + stretch);
         for (int64_t block = first; block < last; block++) {

@@ -72,6 +72,8 @@ void block_before_cache(stable_value* stack, uint64_t inputs, uint64_t outputs);
 void distillation_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 void int8_linear_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 void latent_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void plane_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
+void plane_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 void latent_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs);
 
 /* Bytes of a part of work memory, so that the next part is aligned too. */

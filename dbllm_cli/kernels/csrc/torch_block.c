@@ -65,7 +65,7 @@ static products products_of(const block* b, int64_t in_features, float* x) {
 static void add_matrix(products* p, stable_value tiles, int64_t out_features, float* out) {
     array own;
     array_describe((tensor)tiles, &own);
-    p->matrix[p->count++] = (packed_matrix){(const uint8_t*)own.data, out_features, (char*)out, 0};
+    products_add(p, &own, out_features, (char*)out);
 }
 
 /* -- before the cache -------------------------------------------------------------------------- */

@@ -66,9 +66,8 @@ static void fdb_linear_tiled(stable_value* stack, uint64_t inputs, uint64_t outp
         .in_features = input.sizes[input.dim - 1],
         .group_size = (int64_t)stack[3],
         .type = input.type,
-        .count = 1,
-        .matrix = {{.tiles = (const uint8_t*)weights.data, .out_features = (int64_t)stack[2]}},
     };
+    products_add(&c.products, &weights, (int64_t)stack[2], NULL);
     tensor result = array_like(&input, c.products.matrix[0].out_features, &c.rows, &c.out);
     if (c.rows > 0) multiply(&c);
     torch.delete_tensor(x);
@@ -105,6 +104,8 @@ EXPORT const char* dbllm_register(const char* torch_library) {
         torch.library_impl(library, "int8_linear_cpu", int8_linear_cpu) ||
         torch.library_impl(library, "attend_one_cpu", attend_one_cpu) ||
         torch.library_impl(library, "distillation_cpu", distillation_cpu) ||
+        torch.library_impl(library, "plane_levels_cpu", plane_levels_cpu) ||
+        torch.library_impl(library, "plane_gradients_cpu", plane_gradients_cpu) ||
         torch.library_impl(library, "latent_levels_cpu", latent_levels_cpu) ||
         torch.library_impl(library, "latent_gradients_cpu", latent_gradients_cpu) ||
         torch.library_impl(library, "block_before_cache", block_before_cache) ||

@@ -13,10 +13,10 @@ static void lift(products* p) {
         p->lowered[column] = array_lift(p->x + column * row, p->in_features);
 }
 
-static void make_tables(int64_t first, int64_t last, void* context) {
+static void make_inputs(int64_t first, int64_t last, void* context) {
     const products* p = context;
     fdb_shape shape = shape_of(p, 0);
-    fdb_make_tables(p->kernel, &shape, p->x, p->columns, first, last, p->tables, p->steps);
+    fdb_make_inputs(p->kernel, &shape, p->x, p->columns, first, last, &p->inputs);
 }
 
 static void write(const products* p, const packed_matrix* m, int64_t first, int64_t last) {
@@ -37,7 +37,7 @@ static void make_products(int64_t first, int64_t last, void* context) {
         fdb_shape shape = shape_of(p, m->out_features);
         int64_t blocks = fdb_blocks(&shape), end = fdb_min(last, blocks);
         if (first < end) {
-            fdb_make_product(p->kernel, &shape, m->tiles, p->tables, p->steps, p->columns, first,
+            fdb_make_product(p->kernel, &shape, m->tiles, m->offsets, &p->inputs, p->columns, first,
                              end, m->y);
             write(p, m, first, end);
         }
@@ -59,10 +59,10 @@ static int64_t divide_work_memory(products* p) {
     size_t tables = work_bytes(words * p->columns * p->kernel->table_bytes);
     size_t steps = work_bytes(fdb_groups(&shape) * p->columns * 4);
     size_t y = work_bytes(blocks * FDB_BLOCK_ROWS * p->columns * 4);
-    char* memory = work_memory(WORK_PRODUCTS, tables + steps + y);
-    p->tables = (uint8_t*)memory;
-    p->steps = (float*)(memory + tables);
-    float* own = (float*)(memory + tables + steps);
+    char* memory = work_memory(WORK_PRODUCTS, tables + 2 * steps + y);
+    p->inputs = (fdb_inputs){(uint8_t*)memory, (float*)(memory + tables),
+                             (float*)(memory + tables + steps)};
+    float* own = (float*)(memory + tables + 2 * steps);
     for (int64_t i = 0; i < p->count; i++) {
         p->matrix[i].y = own;
         own += blocks_of(p, i) * FDB_BLOCK_ROWS * p->columns;
@@ -76,11 +76,23 @@ enum {
     GRAIN_BYTES = 1 << 16,
 };
 
+void products_add(products* p, const array* tiles, int64_t out_features, char* out) {
+    fdb_shape shape = shape_of(p, out_features);
+    const uint8_t* data = (const uint8_t*)tiles->data;
+    int64_t offsets = fdb_offsets_start(&shape);
+    p->matrix[p->count++] = (packed_matrix){
+        .tiles = data,
+        .offsets = tiles->sizes[0] > offsets ? data + offsets : NULL,
+        .out_features = out_features,
+        .out = out,
+    };
+}
+
 void products_multiply(products* p) {
     fdb_shape shape = shape_of(p, 0);
     int64_t groups = fdb_groups(&shape), blocks = divide_work_memory(p);
     lift(p);
-    torch.parallel_for(0, groups, 1 + GRAIN_GROUPS / p->columns, make_tables, p);
+    torch.parallel_for(0, groups, 1 + GRAIN_GROUPS / p->columns, make_inputs, p);
     int64_t block_bytes = FDB_BLOCK_TILES * fdb_tile_bytes(&shape, 0, groups) * p->columns;
     torch.parallel_for(0, blocks, 1 + GRAIN_BYTES / block_bytes, make_products, p);
 }

@@ -1,4 +1,7 @@
-/* dbllm::latent_levels_cpu(Tensor latent, Tensor alpha, int group_size, bool bfloat16) -> Tensor
+/* dbllm::plane_levels_cpu(Tensor planes, Tensor alpha, int in_features, int group_size,
+ *   bool bfloat16) -> Tensor
+ * dbllm::plane_gradients_cpu(Tensor dense, Tensor planes, Tensor alpha, int group_size) -> Tensor
+ * dbllm::latent_levels_cpu(Tensor latent, Tensor alpha, int group_size, bool bfloat16) -> Tensor
  * dbllm::latent_gradients_cpu(Tensor dense, Tensor latent, Tensor alpha, int group_size)
  *   -> (Tensor, Tensor)
  * dbllm::distillation_cpu(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)
@@ -10,19 +13,22 @@ enum { GRAIN = 1 << 16 }; /* weights: fewer are not worth waking another thread 
 
 typedef struct {
     const float *latent, *alpha;
+    const uint8_t* planes;
     char* dense;
     float *to_latent, *to_alpha;
-    int64_t rows, in, groups, group_size;
+    int64_t rows, in, groups, group_size, scales; /* of a group: 2, or 3 with an offset */
     element_type type;
 } call;
 
 static latent_group group_of(const call* c, int64_t row, int64_t group) {
     int64_t first = group * c->group_size, scale = row * c->groups + group;
+    int64_t next = c->rows * c->groups;
     return (latent_group){
         .latent = c->latent + row * c->in + first,
         .count = fdb_min(c->group_size, c->in - first),
         .alpha1 = c->alpha[scale],
-        .alpha2 = c->alpha[c->rows * c->groups + scale],
+        .alpha2 = c->alpha[next + scale],
+        .beta = c->scales == 3 ? c->alpha[2 * next + scale] : 0,
         .bfloat16 = c->type == BFLOAT16,
     };
 }
@@ -36,8 +42,16 @@ static void make_levels(int64_t first, int64_t last, void* context) {
     for (int64_t row = first; row < last; row++)
         for (int64_t i = 0; i < c->groups; i++) {
             latent_group group = group_of(c, row, i);
-            fdb_chosen->levels(&group, dense_at(c, &group));
+            fdb_chosen->training->levels(&group, dense_at(c, &group));
         }
+}
+
+static void write_scales(const call* c, int64_t row, int64_t group, scale_gradients sums) {
+    int64_t next = c->rows * c->groups;
+    float* to = c->to_alpha + row * c->groups + group;
+    to[0] = sums.alpha1;
+    to[next] = sums.alpha2;
+    if (c->scales == 3) to[2 * next] = sums.beta;
 }
 
 static void make_gradients(int64_t first, int64_t last, void* context) {
@@ -45,10 +59,9 @@ static void make_gradients(int64_t first, int64_t last, void* context) {
     for (int64_t row = first; row < last; row++)
         for (int64_t i = 0; i < c->groups; i++) {
             latent_group group = group_of(c, row, i);
-            float* to_alpha = c->to_alpha + row * c->groups + i;
-            fdb_chosen->gradients(&group, dense_at(c, &group),
-                                  c->to_latent + (group.latent - c->latent), to_alpha,
-                                  to_alpha + c->rows * c->groups);
+            float* latent = c->to_latent + (group.latent - c->latent);
+            write_scales(c, row, i,
+                         fdb_chosen->training->gradients(&group, dense_at(c, &group), latent));
         }
 }
 
@@ -62,6 +75,7 @@ static call describe(tensor latent, tensor alpha, int64_t group_size, array* wei
         .rows = weights->sizes[0],
         .in = weights->sizes[1],
         .groups = scales->sizes[2],
+        .scales = scales->sizes[0],
         .group_size = group_size,
     };
 }
@@ -97,6 +111,86 @@ void latent_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs
     stack[1] = (stable_value)to_alpha;
 }
 
+static plane_group planes_of(const call* c, int64_t row, int64_t group) {
+    int64_t first = group * c->group_size, scale = row * c->groups + group;
+    int64_t next = c->rows * c->groups, bytes = fdb_ceil_div(c->in, 8);
+    const uint8_t* plane = c->planes + row * bytes + first / 8;
+    return (plane_group){
+        .plane1 = plane,
+        .plane2 = plane + c->rows * bytes,
+        .count = fdb_min(c->group_size, c->in - first),
+        .alpha1 = c->alpha[scale],
+        .alpha2 = c->alpha[next + scale],
+        .beta = c->scales == 3 ? c->alpha[2 * next + scale] : 0,
+        .bfloat16 = c->type == BFLOAT16,
+    };
+}
+
+static char* dense_of_planes(const call* c, int64_t row, int64_t group) {
+    return c->dense + (row * c->in + group * c->group_size) * (c->type == BFLOAT16 ? 2 : 4);
+}
+
+static void make_plane_levels(int64_t first, int64_t last, void* context) {
+    const call* c = context;
+    for (int64_t row = first; row < last; row++)
+        for (int64_t i = 0; i < c->groups; i++) {
+            plane_group group = planes_of(c, row, i);
+            fdb_chosen->training->plane_levels(&group, dense_of_planes(c, row, i));
+        }
+}
+
+static void make_plane_gradients(int64_t first, int64_t last, void* context) {
+    const call* c = context;
+    for (int64_t row = first; row < last; row++)
+        for (int64_t i = 0; i < c->groups; i++) {
+            plane_group group = planes_of(c, row, i);
+            write_scales(c, row, i,
+                         fdb_chosen->training->plane_gradients(&group, dense_of_planes(c, row, i)));
+        }
+}
+
+static call describe_planes(tensor planes, tensor alpha, int64_t in, int64_t group_size,
+                            array* scales) {
+    array bits;
+    array_describe(planes, &bits);
+    array_describe(alpha, scales);
+    return (call){
+        .planes = (const uint8_t*)bits.data,
+        .alpha = (const float*)scales->data,
+        .rows = scales->sizes[1],
+        .in = in,
+        .groups = scales->sizes[2],
+        .scales = scales->sizes[0],
+        .group_size = group_size,
+    };
+}
+
+void plane_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    tensor planes = (tensor)stack[0], alpha = (tensor)stack[1];
+    array scales;
+    call c = describe_planes(planes, alpha, (int64_t)stack[2], (int64_t)stack[3], &scales);
+    c.type = stack[4] & 1 ? BFLOAT16 : FLOAT32;
+    tensor result = array_new((int64_t[]){c.rows, c.in}, 2, c.type, &c.dense);
+    for_all_rows(&c, make_plane_levels);
+    torch.delete_tensor(planes);
+    torch.delete_tensor(alpha);
+    stack[0] = (stable_value)result;
+}
+
+void plane_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    array dense, scales;
+    array_describe((tensor)stack[0], &dense);
+    call c = describe_planes((tensor)stack[1], (tensor)stack[2], dense.sizes[1], (int64_t)stack[3],
+                             &scales);
+    c.type = dense.type, c.dense = dense.data;
+    tensor to_alpha = array_new(scales.sizes, 3, FLOAT32, (char**)&c.to_alpha);
+    for_all_rows(&c, make_plane_gradients);
+    for (int i = 0; i < 3; i++) torch.delete_tensor((tensor)stack[i]);
+    stack[0] = (stable_value)to_alpha;
+}
+
 typedef struct {
     const char *student, *teacher;
     int64_t rows, count, bytes;
@@ -116,7 +210,7 @@ static void make_terms(int64_t first, int64_t last, void* context) {
             .bfloat16 = l->type == BFLOAT16,
             .gradient = l->gradient == NULL ? NULL : l->gradient + at,
         };
-        fdb_chosen->distil(&token);
+        fdb_chosen->training->distil(&token);
         l->terms[row] = token.cross_entropy;
         l->terms[l->rows + row] = token.teacher_entropy;
         l->terms[2 * l->rows + row] = token.student_entropy;

@@ -2,14 +2,20 @@
 
 #include "distillation.h"
 #include "latents.h"
+#include "planes.h"
 
-void latent_levels_portable(const latent_group* group, void* dense) {
-    latent_levels_any(group, dense);
+static void levels(const latent_group* group, void* dense) { latent_levels_any(group, dense); }
+
+static scale_gradients gradients(const latent_group* group, const void* dense, float* latent) {
+    return latent_gradients_any(group, dense, latent);
 }
 
-void latent_gradients_portable(const latent_group* group, const void* dense, float* latent,
-                               float* alpha1, float* alpha2) {
-    latent_gradients_any(group, dense, latent, alpha1, alpha2);
+static void of_planes(const plane_group* group, void* dense) { plane_levels_any(group, dense); }
+
+static scale_gradients to_scales(const plane_group* group, const void* dense) {
+    return plane_gradients_any(group, dense);
 }
 
-void distillation_portable(distillation_token* token) { distillation_any(token); }
+static void distil(distillation_token* token) { distillation_any(token); }
+
+const training_kernels training_portable = {levels, gradients, of_planes, to_scales, distil};

@@ -1,15 +1,15 @@
-/* What training needs beside products: dense weights from latent ones and the gradients back, and
- * the loss of distillation. */
+/* What training needs beside products: dense weights from latent ones or from planes, the gradients
+ * back, and the loss of distillation. */
 #ifndef DBLLM_TRAINING_H
 #define DBLLM_TRAINING_H
 
 #include <stdint.h>
 
-/* A group of one row: its latent weights, and its scales with alpha2 <= 0 <= alpha1. */
+/* A group of one row: its latent weights, its scales with alpha2 <= 0 <= alpha1, and its offset. */
 typedef struct {
     const float* latent;
     int64_t count;
-    float alpha1, alpha2;
+    float alpha1, alpha2, beta;
     int bfloat16; /* dense weights and their gradient: bfloat16 or float32 */
 } latent_group;
 
@@ -17,9 +17,28 @@ typedef struct {
 typedef void latent_levels(const latent_group* group, void* dense);
 
 /* From the gradient of the dense weights that of the latent ones, 0 farther than half a step beyond
- * the outer levels, and those of alpha1 and alpha2: the sums over each plane. */
-typedef void latent_gradients(const latent_group* group, const void* dense, float* latent,
-                              float* alpha1, float* alpha2);
+ * the outer levels, and those of alpha1, alpha2 and beta: the sums over each plane, and over all.
+ */
+typedef struct {
+    float alpha1, alpha2, beta;
+} scale_gradients;
+
+typedef scale_gradients latent_gradients(const latent_group* group, const void* dense,
+                                         float* latent);
+
+/* A group of one row whose planes are fixed: its bits, and its scales. */
+typedef struct {
+    const uint8_t *plane1, *plane2; /* of the group's first weight, least significant bit first */
+    int64_t count;
+    float alpha1, alpha2, beta;
+    int bfloat16; /* dense weights and their gradient: bfloat16 or float32 */
+} plane_group;
+
+/* To `dense`, the level of every weight. */
+typedef void plane_levels(const plane_group* group, void* dense);
+
+/* From the gradient of the dense weights that of the scales. */
+typedef scale_gradients plane_gradients(const plane_group* group, const void* dense);
 
 /* A token's logits, and what comes of them in nats. */
 typedef struct {
@@ -32,16 +51,17 @@ typedef struct {
 
 typedef void distillation(distillation_token* token);
 
-latent_levels latent_levels_portable;
-latent_levels latent_levels_avx2;
-latent_levels latent_levels_avx512;
+/* For one instruction set. */
+typedef struct {
+    latent_levels* levels;
+    latent_gradients* gradients;
+    plane_levels* plane_levels;
+    plane_gradients* plane_gradients;
+    distillation* distil;
+} training_kernels;
 
-latent_gradients latent_gradients_portable;
-latent_gradients latent_gradients_avx2;
-latent_gradients latent_gradients_avx512;
-
-distillation distillation_portable;
-distillation distillation_avx2;
-distillation distillation_avx512;
+extern const training_kernels training_portable;
+extern const training_kernels training_avx2;
+extern const training_kernels training_avx512;
 
 #endif

@@ -1,9 +1,13 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from dbllm_cli.fdb import training
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
+from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.fdb.training import LatentLinear, ScaleLinear, TrainableLinear, latent_start
 from dbllm_cli.kernels import unpack_planes
 
@@ -14,17 +18,20 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _quantized(matrix: Tensor, group_size: int = GROUP) -> QuantizedMatrix:
-    return quantize_matrix(matrix, fit_scales(matrix, group_size, "als"), group_size)
+def _quantized(
+    matrix: Tensor, group_size: int = GROUP, levels: LevelKind = "plain"
+) -> QuantizedMatrix:
+    alpha = fit_scales(matrix, group_size, "als", levels=levels)
+    return quantize_matrix(matrix, alpha, group_size, levels)
 
 
-def _latent() -> LatentLinear:
+def _latent(levels: LevelKind = "plain") -> LatentLinear:
     matrix = _normal(OUT, IN) * 1.5
-    return LatentLinear(_quantized(_normal(OUT, IN)), matrix, _normal(OUT, seed=4))
+    return LatentLinear(_quantized(_normal(OUT, IN), levels=levels), matrix, _normal(OUT, seed=4))
 
 
-def _scaled() -> ScaleLinear:
-    return ScaleLinear(_quantized(_normal(OUT, IN)), None)
+def _scaled(levels: LevelKind = "plain") -> ScaleLinear:
+    return ScaleLinear(_quantized(_normal(OUT, IN), levels=levels), None)
 
 
 def _weight_gradient(layer: TrainableLinear, x: Tensor, output_gradient: Tensor) -> Tensor:
@@ -32,22 +39,31 @@ def _weight_gradient(layer: TrainableLinear, x: Tensor, output_gradient: Tensor)
     return output_gradient.double().t() @ x.double()
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("levels", ["plain", "offset"])
 @pytest.mark.parametrize("make", [_latent, _scaled])
 def test_gradients_of_the_scales_are_the_sums_over_the_group_of_gradient_times_plane(
-    make: object,
+    make: Callable[[LevelKind], TrainableLinear],
+    levels: LevelKind,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert callable(make)
-    layer = make()
+    if not compiled:
+        monkeypatch.setattr(training, "can_round_latents", lambda *_: False)
+        monkeypatch.setattr(training, "can_scale_planes", lambda *_: False)
+    layer = make(levels)
     planes = unpack_planes(layer.quantize().weight, IN, torch.float64)
-    expected = torch.zeros(2, OUT, 3, dtype=torch.float64)
+    # The offset is the scale of a plane of ones.
+    planes = torch.cat((planes, torch.ones_like(planes)))[: len(layer.alpha)]
+    expected = torch.zeros(len(planes), OUT, 3, dtype=torch.float64)
     gradient = _weight_gradient(layer, _normal(5, IN, seed=1), _normal(5, OUT, seed=2))
-    for plane in range(2):
+    for plane in range(len(planes)):
         for row in range(OUT):
             for column in range(IN):
                 expected[plane, row, column // GROUP] += (
                     gradient[row, column] * planes[plane, row, column]
                 )
-    assert layer.alpha.grad.shape == (2, OUT, 3)
+    assert layer.alpha.grad.shape == expected.shape
     assert torch.allclose(layer.alpha.grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -86,6 +102,34 @@ def test_under_autocast_products_are_in_bfloat16_and_gradients_in_float32(make: 
     output.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("levels", ["plain", "offset"])
+def test_latent_weights_train_through_the_rounding_of_codes(levels: LevelKind) -> None:
+    layer = _latent(levels)
+    with torch.no_grad():
+        # A fifth of a step: codes stay what they are, float16 moves.
+        layer.alpha[0] *= 1.003
+    dense, stored = layer.dense(torch.float32), layer.quantize().dense()
+    near = 1e-3 if levels == "plain" else 1e-6
+    assert torch.allclose(dense, stored, rtol=near, atol=near)
+
+
+def test_scales_over_fixed_planes_train_as_they_are_and_are_rounded_at_the_end() -> None:
+    layer = _scaled("offset")
+    before = layer.dense(torch.float32).detach()
+    with torch.no_grad():
+        layer.alpha[0] *= 1.003
+    assert not torch.equal(layer.dense(torch.float32), before)
+    assert torch.equal(layer.stored_scales(), layer.quantize().alpha.float())
+    assert torch.equal(layer.quantize().dense(), before)
+
+
+def test_scales_that_are_no_numbers_give_no_numbers() -> None:
+    layer = _latent("offset")
+    with torch.no_grad():
+        layer.alpha[1] = torch.nan
+    assert layer(_normal(2, IN)).isnan().any()
 
 
 def test_planes_of_latent_weights_follow_them_and_fixed_planes_do_not() -> None:

@@ -67,6 +67,32 @@ def test_the_errors_that_it_tells_are_those_of_the_stored_model(
     assert all(block["error_after"] < block["error_before"] for block in outcome.metrics["blocks"])
 
 
+def test_a_window_of_two_blocks_serves_the_full_precision_block_after_it(
+    workshop: Workshop,
+    training: dict[str, Artifact],
+    llama_folder: Path,
+    calibration: Artifact,
+) -> None:
+    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
+    errors = []
+    for window in (1, 2):
+        fdb = workshop.make("reconstruct", training, **SETTINGS, window=window)
+        teacher, mixed = (load_model(llama_folder, torch.float32) for _ in range(2))
+        mixed.model.layers[0] = load_model(fdb.path, torch.float32).model.layers[0]
+        exact, found = (hidden_after(model, ids, 1) for model in (teacher, mixed))
+        errors.append(float(((found - exact).square().sum(-1) / exact.square().sum(-1)).mean()))
+    assert errors[1] < errors[0]
+
+
+def hidden_after(model: Any, ids: torch.Tensor, block: int) -> torch.Tensor:
+    seen: list[Any] = []
+    model.model.layers[block].register_forward_hook(lambda *call: seen.append(call[-1]))
+    with torch.no_grad():
+        model(ids)
+    hidden: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    return hidden
+
+
 def test_a_student_with_embeddings_of_its_own_is_trained_on_what_they_give(
     workshop: Workshop,
     training: dict[str, Artifact],

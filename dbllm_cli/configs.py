@@ -177,9 +177,6 @@ class DistillConfig(TrainConfig):
     latent_lr: float = Field(
         5e-4, gt=0, description="learning rate of latent weights, times the layer's mean |alpha1|"
     )
-    scale_lr: float = Field(
-        4e-3, gt=0, description="learning rate of scales, times the layer's mean |alpha1|"
-    )
     unquantized: Literal["frozen", "norms", "all"] = Field(
         "all",
         description="what else is trained: norms: vectors outside the quantized layers; all: "

@@ -133,17 +133,11 @@ def levels_of(tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
         return torch.stack((torch.zeros_like(first), second, first, first + second))
     codes = alpha[0].to(torch.int64)
     unit = 2.0 ** tensors[f"{layer}.row_exponent"].double().unsqueeze(-1)
-    exponent, mantissa = codes >> 4 & 3, codes & 15
-    outer = torch.where(exponent > 0, (16 + mantissa) * 2.0 ** (exponent - 1), mantissa) * unit
+    exponent, mantissa = codes >> 3 & 7, codes & 7
+    outer = torch.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 1), mantissa) * unit
     inner = outer * (2 * (codes >> 6 & 31) + 1) / 64
     centre = outer * 3 * ((codes >> 11) - 16) / 64
-    levels = torch.stack((centre - inner, centre - outer, centre + outer, centre + inner))
-    # The kernels' scales are float16.
-    beta, alpha2, alpha1 = centre - inner, inner - outer, outer + inner
-    half = [x.half().double() for x in (beta, alpha2, alpha1)]
-    rounded = torch.stack((half[0], half[0] + half[1], half[0] + half[2], sum(half)))
-    assert (rounded - levels).abs().max() <= 2**-9 * outer.max()
-    return rounded.float()
+    return torch.stack((centre - inner, centre - outer, centre + outer, centre + inner)).float()
 
 
 def dequantized(tensors: Mapping[str, torch.Tensor], layer: str, in_features: int) -> torch.Tensor:

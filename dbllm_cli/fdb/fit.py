@@ -57,6 +57,8 @@ def fit_scales(
     if input_weights is None:
         input_weights = torch.ones(matrix.shape[-1], device=matrix.device)
     importance = to_groups(input_weights.to(torch.float32), group_size)
+    # Inputs that were always zero tell nothing of the weights.
+    importance = torch.where(importance.sum(-1, keepdim=True) > 0, importance, 1.0)
     rows = max(1, _CHUNK_WEIGHTS // matrix.shape[-1])
     chunks = [
         fit(to_groups(part.to(torch.float32), group_size), importance)

@@ -1,4 +1,4 @@
-"""A weight matrix cut into groups of inputs that share two scales."""
+"""A weight matrix cut into groups of inputs that share their scales."""
 
 import math
 

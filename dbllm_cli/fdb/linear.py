@@ -63,6 +63,8 @@ class FdbLinear(nn.Module):
         self.register_buffer("alpha", self._empty_scales(device))
         self.register_buffer("row_exponent", self._no_exponents(device))
         self.register_buffer("tiles", None, persistent=False)
+        self._lacking = self._stored_scales()
+        self._tile_again = False
         bias_values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if bias_values is None else nn.Parameter(bias_values)
 
@@ -89,6 +91,8 @@ class FdbLinear(nn.Module):
         # Offloaded buffers come back as they are stored.
         if self.tiles is None and self.alpha is not None and not self.alpha.is_meta:
             _, self.alpha = self._planes()
+            self.row_exponent = None
+            self._lacking = set()
 
     def use_cpu_kernels(self) -> None:
         """Lay planes and scales out for the compiled kernels, where there are any for the layer."""
@@ -98,7 +102,8 @@ class FdbLinear(nn.Module):
         weight, alpha = self._planes()
         if weight.device.type == "cpu":
             self.tiles = kernels.to_tiles(weight, alpha, self.in_features, self.group_size)
-            self.weight = self.alpha = None
+            self.weight = self.alpha = self.row_exponent = None
+            self._lacking, self._tile_again = set(), False
 
     def _planes(self) -> tuple[Tensor, Tensor]:
         if self.tiles is not None:
@@ -151,16 +156,31 @@ class FdbLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        tiled = self.tiles is not None
-        self._leave_cpu_kernels()
-        if f"{prefix}alpha" in state_dict:
+        parts = {"weight", *self._stored_scales()}
+        given = {part for part in parts if f"{prefix}{part}" in state_dict}
+        if given and self.tiles is not None:
+            self._leave_cpu_kernels()
+            self._tile_again = True
+        if given - {"weight"}:
+            self._take_stored_scales()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # Codes and exponents may come in two calls, from two shards.
+        self._lacking -= given
+        if not self._lacking:
+            self.expand_scales()
+            if self._tile_again:
+                self.use_cpu_kernels()
+
+    def _stored_scales(self) -> set[str]:
+        return {"alpha", "row_exponent"} if self.levels == "offset" else {"alpha"}
+
+    def _take_stored_scales(self) -> None:
+        """Make places for scales as they are stored, where they are expanded now."""
+        if not self._lacking:
             assert self.alpha is not None
             device = self.alpha.device
             self.alpha, self.row_exponent = self._empty_scales(device), self._no_exponents(device)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.expand_scales()
-        if tiled:
-            self.use_cpu_kernels()
+            self._lacking = self._stored_scales()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -183,7 +203,7 @@ class FdbLinear(nn.Module):
             levels=quantized.levels,
         )
         layer.weight, layer.alpha = quantized.weight, quantized.alpha
-        layer.row_exponent = None
+        layer.row_exponent, layer._lacking = None, set()
         if bias is not None:
             layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer

@@ -42,7 +42,7 @@ class Spans(NamedTuple):
         return torch.stack((outer + inner, inner - outer, centre - inner))
 
     def project(self) -> "Spans":
-        """The nearest with `0 <= inner <= outer` and a centre that a code reaches."""
+        """Each number brought into range: `0 <= inner <= outer`, a centre that a code reaches."""
         outer = self.outer.clamp(min=0)
         reach = LARGEST_CENTRE * outer
         centre = torch.minimum(torch.maximum(self.centre, -reach), reach)
@@ -50,7 +50,7 @@ class Spans(NamedTuple):
 
 
 def project_scales(alpha: Tensor, kind: LevelKind) -> Tensor:
-    """The nearest scales that a group may have, `[2 or 3, ...]`."""
+    """Scales brought to what a group may have, `[2 or 3, ...]`."""
     if kind == "offset":
         return Spans.of(alpha).project().alpha
     pair = project_signs(alpha[0], alpha[1])
@@ -67,15 +67,14 @@ def round_scales(alpha: Tensor, kind: LevelKind) -> Tensor:
     Raises:
         StageFailedError: a scale is not finite in float16.
     """
-    allowed = project_scales(alpha, kind)
-    rounded = allowed.to(torch.float16)
-    if not torch.isfinite(rounded).all():
+    allowed = project_scales(alpha.to(torch.float32), kind)
+    rounded = expand_scales(*stored_scales(allowed, kind))
+    # A code would be finite whatever it stands for.
+    if not (torch.isfinite(allowed.to(torch.float16)) & torch.isfinite(rounded)).all():
         raise StageFailedError(
             "a scale is not finite in float16", "lower the learning rates, or leave the layer out"
         )
-    if kind == "plain":
-        return rounded
-    return expand_scales(*stored_scales(allowed, kind))
+    return rounded
 
 
 def stored_scales(alpha: Tensor, kind: LevelKind) -> tuple[Tensor, Tensor | None]:
@@ -98,7 +97,8 @@ def stored_scales(alpha: Tensor, kind: LevelKind) -> tuple[Tensor, Tensor | None
 
 def expand_scales(stored: Tensor, exponents: Tensor | None) -> Tensor:
     """The inverse of `stored_scales`: float16 `[2 or 3, out, groups]`; expanded ones unchanged."""
-    if exponents is not None and stored.dtype == torch.uint16:
+    if stored.dtype == torch.uint16:
+        assert exponents is not None
         return Spans(*decode_spans(stored[0], exponents)).alpha.to(torch.float16)
     return split_tied(stored) if len(stored) == 1 else stored
 

@@ -84,14 +84,14 @@ class _ScaledPlanes(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed, alpha)
         ctx.in_features, ctx.group_size = in_features, group_size
-        if can_scale_planes(alpha, dtype):
+        if can_scale_planes(alpha, group_size, dtype):
             return plane_levels(packed, alpha, in_features, group_size, dtype)
         return dequantize(packed, alpha, in_features, group_size, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
         packed, alpha = ctx.saved_tensors
-        if can_scale_planes(alpha, grad.dtype):
+        if can_scale_planes(alpha, ctx.group_size, grad.dtype):
             return None, plane_gradients(grad, packed, alpha, ctx.group_size), None, None, None
         planes = to_groups(unpack_planes(packed, ctx.in_features, torch.float32), ctx.group_size)
         return None, _scale_gradients(grad, planes, alpha, ctx.group_size), None, None, None
@@ -138,7 +138,7 @@ class TrainableLinear(nn.Module):
         raise NotImplementedError
 
     def quantize(self) -> QuantizedMatrix:
-        """What is stored: scales rounded to float16 and the planes they give."""
+        """What is stored: scales rounded, and the planes they give."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

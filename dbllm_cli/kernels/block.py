@@ -33,7 +33,7 @@ class PackedBlock:
         key_heads: heads of keys and values.
         head_dim: outputs of a head.
         intermediate: outputs of gate and of up.
-        group_size: inputs that share two scales, the same for every layer.
+        group_size: inputs that share their scales, the same for every layer.
         eps: added to the mean square by every norm.
         scale: of the attention's scores.
     """

@@ -23,6 +23,7 @@ REFERENCE = "reference"
 _SETS = ("avx512", "avx2", "neon", "portable")
 _WORD_INPUTS = 32
 _BLOCK_ROWS = 64
+_LAYOUT = 2
 
 # The operators are defined here and implemented by the library, for CPU tensors alone.
 _OPERATORS = torch.library.Library("dbllm", "FRAGMENT")
@@ -91,8 +92,8 @@ class CpuKernels:
     def to_tiles(self, weight: Tensor, alpha: Tensor, in_features: int, group_size: int) -> Tensor:
         """Planes and scales in the layout of the kernels (`csrc/fdb.h`).
 
-        It takes as many bytes as they, but for rows that fill the last tile of 16 and inputs that
-        fill the last word of 32.
+        It takes as many bytes as they, but for rows that fill the last tile of 16 (of offsets, the
+        last block of 64) and inputs that fill the last word of 32.
 
         Args:
             weight: planes, uint8 `[2, out, ceil(in / 8)]` on the CPU.
@@ -137,8 +138,7 @@ def _offset_blocks(beta: Tensor) -> Tensor:
 
 def _offsets_of_blocks(blocks: Tensor, out_features: int, groups: int) -> Tensor:
     """The inverse of `_offset_blocks`: `[1, out, groups]`."""
-    # A copy, since float16 must lie at even addresses.
-    halves = blocks.clone().view(torch.float16).view(-1, groups, _BLOCK_ROWS)
+    halves = blocks.view(torch.float16).view(-1, groups, _BLOCK_ROWS)
     return halves.transpose(1, 2).reshape(1, -1, groups)[:, :out_features]
 
 
@@ -169,6 +169,8 @@ def _load(wanted: str | None) -> CpuKernels | str:
     if path is None:
         return "the kernels are not compiled"
     library = ctypes.CDLL(str(path))
+    if getattr(library, "dbllm_layout", lambda: 0)() != _LAYOUT:
+        return "they were compiled from other sources: pip install -e . again"
     library.dbllm_choose.restype = library.dbllm_register.restype = ctypes.c_char_p
     chosen = library.dbllm_choose(None if wanted is None else wanted.encode())
     if chosen is None:

@@ -72,7 +72,7 @@ def fdb_linear_gpu(
         alpha: scales alpha1 and alpha2, and the offset beta where there is one, floating
             `[2 or 3, out, groups]`.
         bias: `[out]`, or None.
-        group_size: inputs that share two scales, a multiple of 8; the last group may be shorter.
+        group_size: inputs that share their scales, a multiple of 8; the last group may be shorter.
         blocks: in place of `choose_blocks`.
 
     Returns:

@@ -30,7 +30,7 @@ def fdb_linear(
         alpha: scales alpha1 and alpha2, and the offset beta where there is one, floating
             `[2 or 3, out, groups]`.
         bias: `[out]` of x's dtype, or None.
-        group_size: inputs that share two scales; the last group may be shorter.
+        group_size: inputs that share their scales; the last group may be shorter.
 
     Returns:
         `[..., out]` of x's dtype.
@@ -110,7 +110,7 @@ def fdb_linear_tiled(
         tiles: from `CpuKernels.to_tiles`.
         in_features: inputs of the layer.
         out_features: outputs of the layer.
-        group_size: inputs that share two scales.
+        group_size: inputs that share their scales.
 
     Returns:
         `[..., out]` of x's dtype.

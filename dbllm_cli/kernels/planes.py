@@ -10,10 +10,11 @@ from dbllm_cli.kernels.cpu import cpu_kernels
 from dbllm_cli.kernels.latents import DENSE_DTYPES
 
 
-def can_scale_planes(alpha: Tensor, dtype: torch.dtype) -> bool:
+def can_scale_planes(alpha: Tensor, group_size: int, dtype: torch.dtype) -> bool:
     """Whether `plane_levels` and `plane_gradients` take these."""
     on_cpu = alpha.device.type == "cpu" and alpha.dtype == torch.float32
-    return on_cpu and dtype in DENSE_DTYPES and cpu_kernels() is not None
+    whole = group_size % 8 == 0
+    return on_cpu and whole and dtype in DENSE_DTYPES and cpu_kernels() is not None
 
 
 def plane_levels(

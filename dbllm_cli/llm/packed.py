@@ -59,6 +59,8 @@ class PackedFolder:
             config = DbllmConfig(**settings)
         except NewerFormatError as error:
             raise ArtifactMissingError(f"{folder}: {error}", "upgrade dbllm") from error
+        except ValueError as error:
+            raise ArtifactCorruptError(f"{folder}: {error}", "make the artifact again") from error
         self.group_size = config.group_size
         self.levels: LevelKind = config.levels or "plain"
         has_latents = any(folder.glob(f"{LATENTS}*.safetensors"))
@@ -83,14 +85,18 @@ class PackedFolder:
         coded = self.levels == "offset"
         fits &= alpha.shape == (2 if self.levels == "plain" else 1, out_features, groups)
         fits &= (alpha.dtype == torch.uint16) == coded
-        if not fits or (coded and f"{name}{_ROW_EXPONENT}" not in self.tensors):
+        stored = f"{name}{_ROW_EXPONENT}"
+        exponents = self.tensors.get(stored) if coded and stored in self.tensors else None
+        if coded:
+            fits &= exponents is not None and exponents.shape == (out_features,)
+            fits &= exponents is not None and exponents.dtype == torch.int8
+        if not fits:
             raise ArtifactCorruptError(
                 f"layer {name} of {self.folder} has planes {tuple(weight.shape)} and scales "
                 f"{tuple(alpha.shape)} of {alpha.dtype}, which do not fit {in_features} inputs "
                 f"and {self.levels} levels",
                 "make the artifact again",
             )
-        exponents = self.tensors.get(f"{name}{_ROW_EXPONENT}") if coded else None
         alpha = expand_scales(alpha, exponents)
         return QuantizedMatrix(weight, alpha, in_features, self.group_size, self.levels)
 

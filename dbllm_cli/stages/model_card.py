@@ -63,7 +63,7 @@ def _embeddings(kind: str) -> list[str]:
 
 def _levels(kind: str) -> list[str]:
     notes = {
-        "offset": "- two scales and an offset per group, in 16 bits",
+        "offset": "- two scales and an offset per group, in 16 bits, and 8 bits a row",
         "tied": "- one scale per group, levels -d, 0, d and 2d",
     }
     return [notes[kind]] if kind in notes else []

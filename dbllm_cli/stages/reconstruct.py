@@ -46,6 +46,10 @@ class _NextBlock(NamedTuple):
     block: nn.Module
     targets: Tensor
 
+    def run(self, model: StreamedModel, hidden: Tensor) -> Tensor:
+        """Its output for a batch of what the block before it gives."""
+        return model.run_block(self.place, self.block, hidden)
+
 
 def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
     """Train the blocks in order and make the fdb artifact that results.
@@ -80,7 +84,7 @@ def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context)
 
 
 class _BlockTraining:
-    """The walk over the blocks: two streams of hidden states, one block in memory."""
+    """The walk over the blocks: two streams of hidden states, a window of blocks in memory."""
 
     def __init__(
         self, config: ReconstructConfig, student: PackedFolder, folder: Path, ctx: Context
@@ -121,9 +125,9 @@ class _BlockTraining:
         block, layers = self._student_block(index, teacher)
         self.model.drop_block(index)
         before = self._error_before(index, block, streams.student, targets)
-        following = self._next_block(index, targets)
+        following = self._next_block(index, targets) if layers else None
         self._optimize(index, block, layers, streams.student, targets, following, task)
-        if following is not None:
+        if following:
             self.model.drop_block(following.place)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
         for name, layer in layers.items():
@@ -145,11 +149,6 @@ class _BlockTraining:
         with autocast(self.ctx.device, self.config.compute_dtype):
             output = self.model.run_all(following, block, targets, self.config.batch_size)
         return _NextBlock(following, block, output)
-
-    def _run_next(self, following: _NextBlock | None, hidden: Tensor) -> Tensor | None:
-        if following is None:
-            return None
-        return self.model.run_block(following.place, following.block, hidden)
 
     def _error_before(
         self, index: int, block: nn.Module, entering: Tensor, targets: Tensor
@@ -217,9 +216,9 @@ class _BlockTraining:
         for step, chosen in enumerate(self._batches(index, len(entering))):
             with autocast(self.ctx.device, self.config.compute_dtype):
                 output = self.model.run_block(index, block, entering[chosen].to(device))
-                beyond = self._run_next(following, output)
+                beyond = following.run(self.model, output) if following else output
             loss = relative_token_error(output, targets[chosen].to(device))
-            if following is not None and beyond is not None:
+            if following:
                 loss = loss + relative_token_error(beyond, following.targets[chosen].to(device))
             value = float(loss.detach())
             if not math.isfinite(value):

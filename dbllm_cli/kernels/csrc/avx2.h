@@ -35,16 +35,21 @@ INLINE __m256 load_scales(const uint8_t* halves) {
 
 TARGET static void add_offsets(const uint8_t* halves, int64_t groups, const float* sums,
                                int64_t columns, float* y) {
-    for (int64_t c = 0; c < columns; c++)
-        for (int64_t row = 0; row < FDB_BLOCK_ROWS; row += 8) {
-            float* to = y + c * FDB_BLOCK_ROWS + row;
-            __m256 total = _mm256_loadu_ps(to);
-            for (int64_t group = 0; group < groups; group++)
-                total = _mm256_fmadd_ps(_mm256_set1_ps(sums[group * columns + c]),
-                                        load_scales(halves + (group * FDB_BLOCK_ROWS + row) * 2),
-                                        total);
-            _mm256_storeu_ps(to, total);
+    enum { VECTORS = FDB_BLOCK_ROWS / 8 };
+    for (int64_t c = 0; c < columns; c++, y += FDB_BLOCK_ROWS) {
+        __m256 total[VECTORS];
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; i++) total[i] = _mm256_loadu_ps(y + i * 8);
+        for (int64_t group = 0; group < groups; group++) {
+            const uint8_t* own = halves + group * FDB_BLOCK_ROWS * 2;
+            __m256 sum = _mm256_set1_ps(sums[group * columns + c]);
+#pragma GCC unroll 8
+            for (int i = 0; i < VECTORS; i++)
+                total[i] = _mm256_fmadd_ps(sum, load_scales(own + i * 16), total[i]);
         }
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; i++) _mm256_storeu_ps(y + i * 8, total[i]);
+    }
 }
 
 #endif

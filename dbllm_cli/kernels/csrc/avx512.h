@@ -30,16 +30,20 @@ INLINE __m512 load_scales(const uint8_t* halves) {
 
 TARGET static void add_offsets(const uint8_t* halves, int64_t groups, const float* sums,
                                int64_t columns, float* y) {
-    for (int64_t c = 0; c < columns; c++)
-        for (int64_t row = 0; row < FDB_BLOCK_ROWS; row += FDB_TILE_ROWS) {
-            float* to = y + c * FDB_BLOCK_ROWS + row;
-            __m512 total = _mm512_loadu_ps(to);
-            for (int64_t group = 0; group < groups; group++)
-                total = _mm512_fmadd_ps(_mm512_set1_ps(sums[group * columns + c]),
-                                        load_scales(halves + (group * FDB_BLOCK_ROWS + row) * 2),
-                                        total);
-            _mm512_storeu_ps(to, total);
+    for (int64_t c = 0; c < columns; c++, y += FDB_BLOCK_ROWS) {
+        __m512 total[FDB_BLOCK_TILES];
+#pragma GCC unroll 4
+        for (int i = 0; i < FDB_BLOCK_TILES; i++) total[i] = _mm512_loadu_ps(y + i * FDB_TILE_ROWS);
+        for (int64_t group = 0; group < groups; group++) {
+            const uint8_t* own = halves + group * FDB_BLOCK_ROWS * 2;
+            __m512 sum = _mm512_set1_ps(sums[group * columns + c]);
+#pragma GCC unroll 4
+            for (int i = 0; i < FDB_BLOCK_TILES; i++)
+                total[i] = _mm512_fmadd_ps(sum, load_scales(own + i * FDB_TILE_ROWS * 2), total[i]);
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < FDB_BLOCK_TILES; i++) _mm512_storeu_ps(y + i * FDB_TILE_ROWS, total[i]);
+    }
 }
 
 #endif

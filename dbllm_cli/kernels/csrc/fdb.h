@@ -39,6 +39,8 @@ enum {
     FDB_MAX_COLUMNS = 32, /* columns of one call of a product */
 };
 
+enum { FDB_LAYOUT = 2 }; /* to be raised with every change of the layout; cpu.py has it too */
+
 #define FDB_SMALLEST 0x1p-100f
 
 typedef struct {
@@ -141,7 +143,7 @@ typedef struct {
 /* What a product needs of its inputs, of every group and column. */
 typedef struct {
     uint8_t* tables;
-    float *steps, *sums; /* [group][column] */
+    float *steps, *sums; /* [group][column]; sums where a matrix has offsets, or NULL */
 } fdb_inputs;
 
 /* The inputs x [columns][words * 32] of the groups `first` up to `last`. */

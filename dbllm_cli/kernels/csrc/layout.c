@@ -37,6 +37,9 @@ static void copy_row(const transfer* t, int64_t group, int64_t row, uint8_t* til
     }
 }
 
+/* Which layout of tiles this library reads: one that was not compiled anew must not be used. */
+EXPORT int dbllm_layout(void) { return FDB_LAYOUT; }
+
 /* Without offsets. */
 EXPORT int64_t dbllm_tiles_bytes(int64_t in_features, int64_t out_features, int64_t group_size) {
     fdb_shape shape = {in_features, out_features, group_size};

@@ -21,7 +21,7 @@ void fdb_make_inputs(const fdb_kernel* kernel, const fdb_shape* shape, const flo
         int64_t word = fdb_words_before(shape, group), words = fdb_group_words(shape, group);
         for (int64_t column = 0; column < columns; column++) {
             const float* own = x + (column * all_words + word) * FDB_WORD_INPUTS;
-            inputs->sums[group * columns + column] = sum_of(own, words);
+            if (inputs->sums != NULL) inputs->sums[group * columns + column] = sum_of(own, words);
             inputs->steps[group * columns + column] =
                 kernel->table(own, words, columns * kernel->table_bytes,
                               inputs->tables + (word * columns + column) * kernel->table_bytes);

@@ -55,13 +55,17 @@ static int64_t blocks_of(const products* p, int64_t matrix) {
 static int64_t divide_work_memory(products* p) {
     int64_t words = products_row(p->in_features) / FDB_WORD_INPUTS, blocks = 0;
     fdb_shape shape = shape_of(p, 0);
-    for (int64_t i = 0; i < p->count; i++) blocks += blocks_of(p, i);
+    int offsets = 0;
+    for (int64_t i = 0; i < p->count; i++) {
+        blocks += blocks_of(p, i);
+        offsets |= p->matrix[i].offsets != NULL;
+    }
     size_t tables = work_bytes(words * p->columns * p->kernel->table_bytes);
     size_t steps = work_bytes(fdb_groups(&shape) * p->columns * 4);
     size_t y = work_bytes(blocks * FDB_BLOCK_ROWS * p->columns * 4);
     char* memory = work_memory(WORK_PRODUCTS, tables + 2 * steps + y);
     p->inputs = (fdb_inputs){(uint8_t*)memory, (float*)(memory + tables),
-                             (float*)(memory + tables + steps)};
+                             offsets ? (float*)(memory + tables + steps) : NULL};
     float* own = (float*)(memory + tables + 2 * steps);
     for (int64_t i = 0; i < p->count; i++) {
         p->matrix[i].y = own;

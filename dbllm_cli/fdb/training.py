@@ -122,6 +122,8 @@ class TrainableLinear(nn.Module):
         self.in_features = quantized.in_features
         self.group_size = quantized.group_size
         self.levels = quantized.levels
+        # float16 is fine enough to leave out.
+        self.rounds_scales = self.levels == "offset"
         self.alpha = nn.Parameter(quantized.alpha.to(torch.float32))
         if self.levels == "tied":
             self.alpha.register_hook(self._tied_gradient)
@@ -147,9 +149,10 @@ class TrainableLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear(x, self.dense(x.dtype), bias)
 
-    def stored_scales(self) -> Tensor:
-        """The scales as `quantize` rounds them, float32."""
-        return round_scales(self.alpha.detach(), self.levels).to(torch.float32)
+    def rounded_scales(self) -> Tensor:
+        """The scales as `quantize` rounds them, float32; the gradient passes."""
+        rounded: Tensor = _RoundedScales.apply(self.alpha, self.levels)
+        return rounded
 
     @torch.no_grad()
     def project(self) -> None:
@@ -167,10 +170,7 @@ class LatentLinear(TrainableLinear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See `TrainableLinear.dense`."""
-        alpha: Tensor = self.alpha
-        if self.levels == "offset":
-            # Their codes are coarse: planes that other scales gave would be others.
-            alpha = _RoundedScales.apply(self.alpha, self.levels)
+        alpha = self.rounded_scales() if self.rounds_scales else self.alpha
         result: Tensor = _LatentWeight.apply(self.latent, alpha, self.group_size, dtype)
         return result
 
@@ -190,8 +190,9 @@ class ScaleLinear(TrainableLinear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See `TrainableLinear.dense`."""
+        alpha = self.rounded_scales() if self.rounds_scales else self.alpha
         result: Tensor = _ScaledPlanes.apply(
-            self.packed, self.alpha, self.in_features, self.group_size, dtype
+            self.packed, alpha, self.in_features, self.group_size, dtype
         )
         return result
 

@@ -17,7 +17,7 @@ from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.losses import DistillationLoss, Heads, LossAndGradient, distillation_loss
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.training import LatentLinear
+from dbllm_cli.fdb.training import LatentLinear, ScaleLinear
 from dbllm_cli.llm.blocks import find_blocks
 from dbllm_cli.llm.heads import final_hidden, head, head_parameters
 from dbllm_cli.llm.models import CURVE, Model, load_config, load_model, model_folder
@@ -34,6 +34,9 @@ from dbllm_cli.stages.sequences import Calibration, open_calibration, require_sa
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.stages.trained_layers import autocast, make_trainable, unquantized_parameters
 from dbllm_cli.store import Artifact
+
+_ROUNDED_SHARE = 0.25
+"""Of the steps, at the end, in which scales over fixed planes train through their rounding."""
 
 
 def run(config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
@@ -137,6 +140,7 @@ class _Trainer:
 
     def _step(self, step: int, task: Task) -> dict[str, float]:
         config = self.config
+        self._round_late(step)
         parts = config.gradient_accumulation
         loss = plain = 0.0
         for number in range(parts):
@@ -153,6 +157,16 @@ class _Trainer:
         _require_finite_training("norm of the gradient", norm, step + 1)
         self.optimizer.step(schedule_factor(step, config.steps, config.warmup_steps))
         return {"step": step + 1, "loss": loss, "plain_loss": plain, "gradient_norm": norm}
+
+    def _round_late(self, step: int) -> None:
+        """Let scales over fixed planes train as they are, and at the end through their rounding.
+
+        From the start the steps of codes would be too coarse: all of a layer's would go at once.
+        """
+        late = step >= self.config.steps * (1 - _ROUNDED_SHARE)
+        for layer in self.layers.values():
+            if isinstance(layer, ScaleLinear):
+                layer.rounds_scales = late and layer.levels == "offset"
 
     def _chosen(self, number: int) -> Tensor:
         """The sequences of batch `number`: a fresh order every epoch, from the seed alone."""
@@ -209,7 +223,7 @@ class _Trainer:
         for parameter in others:
             parameter.data = parameter.data.to(self.stored_dtype).to(parameter.dtype)
         for layer in self.layers.values():
-            layer.alpha.data = layer.stored_scales()
+            layer.alpha.data = layer.rounded_scales().detach()
         try:
             yield
         finally:

@@ -58,13 +58,15 @@ def _bytes_in_memory(tensors: dict[str, torch.Tensor], tiled: bool) -> int:
             _, rows, groups = tensor.shape
             filled = 2 * (-(-rows // 16) * 16) + -(-rows // 64) * 64
             total += 2 * groups * (filled if tiled else 3 * rows)
+        elif name.endswith(".row_exponent"):
+            continue  # of codes, which are float16 in memory
         elif tensor.dtype == torch.uint8 and tensor.ndim == 3:
             _, rows, row_bytes = tensor.shape
             # Tiles are filled up to 16 rows and to words of 32 inputs.
             filled = -(-rows // 16) * 16 * -(-row_bytes // 4) * 4
             total += 2 * (filled if tiled else rows * row_bytes)
         else:
-            total += tensor.numel() * (1 if tensor.dtype in (torch.uint8, torch.int8) else 2)
+            total += tensor.numel() * (1 if tensor.dtype == torch.uint8 else 2)
     return total
 
 

@@ -185,7 +185,7 @@ def test_levels_stay_what_they_are_through_training_and_are_packed_as_they_are(
     start = workshop.make("init-fdb", inputs, levels=levels)
     reconstructed = workshop.run("reconstruct", {**training, "student": start}, batch_size=3)
     assert all(block["error_before"] < 0.5 for block in reconstructed.metrics["blocks"])
-    trained = reconstructed.artifact
+    trained, changed = reconstructed.artifact, False
     for train in ("scales", "weights"):
         distilled = workshop.make(
             "distill", {**training, "student": trained}, steps=12, train=train
@@ -194,7 +194,8 @@ def test_levels_stay_what_they_are_through_training_and_are_packed_as_they_are(
         before, after = tensors_of(trained), tensors_of(outcome.artifact)
         steps = {name: tensor for name, tensor in after.items() if name.endswith(".alpha")}
         assert {len(step) for step in steps.values()} == {1}
-        assert any(not torch.equal(step, before[name]) for name, step in steps.items())
+        changed |= any(not torch.equal(step, before[name]) for name, step in steps.items())
+    assert changed
     # A row of 64 inputs: 8 bytes in each plane, 16 bits of scales; of 100: 13 bytes and 32 bits.
     # With an offset 8 bits a row more.
     assert outcome.metrics["bits_per_quantized_weight"] == pytest.approx(bits, abs=0.04)

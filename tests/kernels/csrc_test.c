@@ -268,7 +268,7 @@ static void check_attention(const char *name, attention *attend) {
 static void run_training(const fdb_instruction_set *set) {
     int bfloat16 = (int)below(2);
     int64_t count = 1 + (int64_t)below(150), bytes = bfloat16 ? 2 : 4;
-    latent_group group = {
+    training_group group = {
         .count = count, .alpha1 = 1, .alpha2 = -0.5f, .beta = 0.1f, .bfloat16 = bfloat16};
     distillation_token token = {.count = count, .bfloat16 = bfloat16};
     float *latent = memory(count * 4), *to_latent = memory(count * 4);
@@ -279,7 +279,8 @@ static void run_training(const fdb_instruction_set *set) {
     training->levels(&group, dense);
     training->gradients(&group, dense, to_latent);
     uint8_t *planes = memory((count + 7) / 8);
-    plane_group fixed = {planes, planes, count, 1, -0.5f, 0.1f, bfloat16};
+    training_group fixed = group;
+    fixed.latent = NULL, fixed.plane1 = fixed.plane2 = planes;
     training->plane_levels(&fixed, dense);
     training->plane_gradients(&fixed, dense);
     free(planes);

@@ -14,7 +14,7 @@ typedef struct {
     float levels[4], borders[3];
 } latent_cells;
 
-DECODE_INLINE latent_cells latent_cells_of(const latent_group* g) {
+DECODE_INLINE latent_cells latent_cells_of(const training_group* g) {
     float middle = g->alpha1 + g->alpha2;
     latent_cells c = {.levels = {g->alpha2, fminf(middle, 0), fmaxf(middle, 0), g->alpha1}};
     for (int i = 0; i < 4; i++) c.levels[i] += g->beta;
@@ -27,7 +27,7 @@ DECODE_INLINE latent_cells latent_cells_of(const latent_group* g) {
     ((w) >= (borders)[1] ? ((w) > (borders)[2] ? (of)[3] : (of)[2]) \
                          : ((w) > (borders)[0] ? (of)[1] : (of)[0]))
 
-DECODE_INLINE void latent_levels_any(const latent_group* g, void* dense) {
+DECODE_INLINE void latent_levels_any(const training_group* g, void* dense) {
     latent_cells c = latent_cells_of(g);
     if (!g->bfloat16) {
         float* to = dense;
@@ -56,7 +56,7 @@ DECODE_INLINE void latent_add(const latent_cells* c, float below, float beyond, 
     *latent = (w >= below) & (w <= beyond) ? gradient : 0;
 }
 
-DECODE_INLINE scale_gradients latent_gradients_of(const latent_group* g, const void* dense,
+DECODE_INLINE scale_gradients latent_gradients_of(const training_group* g, const void* dense,
                                                   float* latent, int bfloat16) {
     latent_cells c = latent_cells_of(g);
     latent_sums sums = {0};
@@ -82,7 +82,7 @@ DECODE_INLINE scale_gradients latent_gradients_of(const latent_group* g, const v
     };
 }
 
-DECODE_INLINE scale_gradients latent_gradients_any(const latent_group* g, const void* dense,
+DECODE_INLINE scale_gradients latent_gradients_any(const training_group* g, const void* dense,
                                                    float* latent) {
     return g->bfloat16 ? latent_gradients_of(g, dense, latent, 1)
                        : latent_gradients_of(g, dense, latent, 0);

@@ -33,7 +33,7 @@ DECODE_INLINE int plane_bit(const uint8_t* plane, int64_t i) { return plane[i / 
             to[i] = (type)PLANES_CHOOSE(plane_bit(g->plane1, i), plane_bit(g->plane2, i), of); \
     } while (0)
 
-DECODE_INLINE void plane_levels_any(const plane_group* g, void* dense) {
+DECODE_INLINE void plane_levels_any(const training_group* g, void* dense) {
     float levels[4] = {0, g->alpha1, g->alpha2, g->alpha1 + g->alpha2};
     uint32_t halves[4];
     for (int i = 0; i < 4; i++) {
@@ -46,7 +46,7 @@ DECODE_INLINE void plane_levels_any(const plane_group* g, void* dense) {
         PLANES_WRITE(float, levels);
 }
 
-DECODE_INLINE scale_gradients plane_gradients_of(const plane_group* g, const void* dense,
+DECODE_INLINE scale_gradients plane_gradients_of(const training_group* g, const void* dense,
                                                  int bfloat16) {
     float all[TRAINING_LANES] = {0}, of1[TRAINING_LANES] = {0}, of2[TRAINING_LANES] = {0};
     int64_t i = 0;
@@ -71,7 +71,7 @@ DECODE_INLINE scale_gradients plane_gradients_of(const plane_group* g, const voi
                              dead ? 0 : training_total(all)};
 }
 
-DECODE_INLINE scale_gradients plane_gradients_any(const plane_group* g, const void* dense) {
+DECODE_INLINE scale_gradients plane_gradients_any(const training_group* g, const void* dense) {
     return g->bfloat16 ? plane_gradients_of(g, dense, 1) : plane_gradients_of(g, dense, 0);
 }
 

@@ -12,7 +12,7 @@
 enum { GRAIN = 1 << 16 }; /* weights: fewer are not worth waking another thread */
 
 typedef struct {
-    const float *latent, *alpha;
+    const float *latent, *alpha; /* latent: NULL where there are planes */
     const uint8_t* planes;
     char* dense;
     float *to_latent, *to_alpha;
@@ -20,29 +20,40 @@ typedef struct {
     element_type type;
 } call;
 
-static latent_group group_of(const call* c, int64_t row, int64_t group) {
+static training_group group_of(const call* c, int64_t row, int64_t group) {
     int64_t first = group * c->group_size, scale = row * c->groups + group;
-    int64_t next = c->rows * c->groups;
-    return (latent_group){
-        .latent = c->latent + row * c->in + first,
+    int64_t next = c->rows * c->groups, bytes = fdb_ceil_div(c->in, 8);
+    training_group g = {
         .count = fdb_min(c->group_size, c->in - first),
         .alpha1 = c->alpha[scale],
         .alpha2 = c->alpha[next + scale],
         .beta = c->scales == 3 ? c->alpha[2 * next + scale] : 0,
         .bfloat16 = c->type == BFLOAT16,
     };
+    if (c->latent != NULL) {
+        g.latent = c->latent + row * c->in + first;
+    } else {
+        g.plane1 = c->planes + row * bytes + first / 8;
+        g.plane2 = g.plane1 + c->rows * bytes;
+    }
+    return g;
 }
 
-static char* dense_at(const call* c, const latent_group* group) {
-    return c->dense + (group->latent - c->latent) * (c->type == BFLOAT16 ? 2 : 4);
+static char* dense_at(const call* c, int64_t row, int64_t group) {
+    return c->dense + (row * c->in + group * c->group_size) * (c->type == BFLOAT16 ? 2 : 4);
 }
 
 static void make_levels(int64_t first, int64_t last, void* context) {
     const call* c = context;
+    const training_kernels* kernels = fdb_chosen->training;
     for (int64_t row = first; row < last; row++)
         for (int64_t i = 0; i < c->groups; i++) {
-            latent_group group = group_of(c, row, i);
-            fdb_chosen->training->levels(&group, dense_at(c, &group));
+            training_group group = group_of(c, row, i);
+            void* dense = dense_at(c, row, i);
+            if (c->latent != NULL)
+                kernels->levels(&group, dense);
+            else
+                kernels->plane_levels(&group, dense);
         }
 }
 
@@ -56,24 +67,27 @@ static void write_scales(const call* c, int64_t row, int64_t group, scale_gradie
 
 static void make_gradients(int64_t first, int64_t last, void* context) {
     const call* c = context;
+    const training_kernels* kernels = fdb_chosen->training;
     for (int64_t row = first; row < last; row++)
         for (int64_t i = 0; i < c->groups; i++) {
-            latent_group group = group_of(c, row, i);
-            float* latent = c->to_latent + (group.latent - c->latent);
-            write_scales(c, row, i,
-                         fdb_chosen->training->gradients(&group, dense_at(c, &group), latent));
+            training_group group = group_of(c, row, i);
+            const void* dense = dense_at(c, row, i);
+            if (c->latent != NULL) {
+                float* latent = c->to_latent + (group.latent - c->latent);
+                write_scales(c, row, i, kernels->gradients(&group, dense, latent));
+            } else {
+                write_scales(c, row, i, kernels->plane_gradients(&group, dense));
+            }
         }
 }
 
-static call describe(tensor latent, tensor alpha, int64_t group_size, array* weights,
-                     array* scales) {
-    array_describe(latent, weights);
+/* What latent weights and planes have in common: the scales. */
+static call describe(tensor alpha, int64_t in, int64_t group_size, array* scales) {
     array_describe(alpha, scales);
     return (call){
-        .latent = (const float*)weights->data,
         .alpha = (const float*)scales->data,
-        .rows = weights->sizes[0],
-        .in = weights->sizes[1],
+        .rows = scales->sizes[1],
+        .in = in,
         .groups = scales->sizes[2],
         .scales = scales->sizes[0],
         .group_size = group_size,
@@ -88,7 +102,9 @@ void latent_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     tensor latent = (tensor)stack[0], alpha = (tensor)stack[1];
     array weights, scales;
-    call c = describe(latent, alpha, (int64_t)stack[2], &weights, &scales);
+    array_describe(latent, &weights);
+    call c = describe(alpha, weights.sizes[1], (int64_t)stack[2], &scales);
+    c.latent = (const float*)weights.data;
     c.type = stack[3] & 1 ? BFLOAT16 : FLOAT32;
     tensor result = array_new(weights.sizes, 2, c.type, &c.dense);
     for_all_rows(&c, make_levels);
@@ -101,7 +117,9 @@ void latent_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs
     (void)inputs, (void)outputs;
     array dense, weights, scales;
     array_describe((tensor)stack[0], &dense);
-    call c = describe((tensor)stack[1], (tensor)stack[2], (int64_t)stack[3], &weights, &scales);
+    array_describe((tensor)stack[1], &weights);
+    call c = describe((tensor)stack[2], weights.sizes[1], (int64_t)stack[3], &scales);
+    c.latent = (const float*)weights.data;
     c.type = dense.type, c.dense = dense.data;
     tensor to_latent = array_new(weights.sizes, 2, FLOAT32, (char**)&c.to_latent);
     tensor to_alpha = array_new(scales.sizes, 3, FLOAT32, (char**)&c.to_alpha);
@@ -111,68 +129,16 @@ void latent_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs
     stack[1] = (stable_value)to_alpha;
 }
 
-static plane_group planes_of(const call* c, int64_t row, int64_t group) {
-    int64_t first = group * c->group_size, scale = row * c->groups + group;
-    int64_t next = c->rows * c->groups, bytes = fdb_ceil_div(c->in, 8);
-    const uint8_t* plane = c->planes + row * bytes + first / 8;
-    return (plane_group){
-        .plane1 = plane,
-        .plane2 = plane + c->rows * bytes,
-        .count = fdb_min(c->group_size, c->in - first),
-        .alpha1 = c->alpha[scale],
-        .alpha2 = c->alpha[next + scale],
-        .beta = c->scales == 3 ? c->alpha[2 * next + scale] : 0,
-        .bfloat16 = c->type == BFLOAT16,
-    };
-}
-
-static char* dense_of_planes(const call* c, int64_t row, int64_t group) {
-    return c->dense + (row * c->in + group * c->group_size) * (c->type == BFLOAT16 ? 2 : 4);
-}
-
-static void make_plane_levels(int64_t first, int64_t last, void* context) {
-    const call* c = context;
-    for (int64_t row = first; row < last; row++)
-        for (int64_t i = 0; i < c->groups; i++) {
-            plane_group group = planes_of(c, row, i);
-            fdb_chosen->training->plane_levels(&group, dense_of_planes(c, row, i));
-        }
-}
-
-static void make_plane_gradients(int64_t first, int64_t last, void* context) {
-    const call* c = context;
-    for (int64_t row = first; row < last; row++)
-        for (int64_t i = 0; i < c->groups; i++) {
-            plane_group group = planes_of(c, row, i);
-            write_scales(c, row, i,
-                         fdb_chosen->training->plane_gradients(&group, dense_of_planes(c, row, i)));
-        }
-}
-
-static call describe_planes(tensor planes, tensor alpha, int64_t in, int64_t group_size,
-                            array* scales) {
-    array bits;
-    array_describe(planes, &bits);
-    array_describe(alpha, scales);
-    return (call){
-        .planes = (const uint8_t*)bits.data,
-        .alpha = (const float*)scales->data,
-        .rows = scales->sizes[1],
-        .in = in,
-        .groups = scales->sizes[2],
-        .scales = scales->sizes[0],
-        .group_size = group_size,
-    };
-}
-
 void plane_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     tensor planes = (tensor)stack[0], alpha = (tensor)stack[1];
-    array scales;
-    call c = describe_planes(planes, alpha, (int64_t)stack[2], (int64_t)stack[3], &scales);
+    array bits, scales;
+    array_describe(planes, &bits);
+    call c = describe(alpha, (int64_t)stack[2], (int64_t)stack[3], &scales);
+    c.planes = (const uint8_t*)bits.data;
     c.type = stack[4] & 1 ? BFLOAT16 : FLOAT32;
     tensor result = array_new((int64_t[]){c.rows, c.in}, 2, c.type, &c.dense);
-    for_all_rows(&c, make_plane_levels);
+    for_all_rows(&c, make_levels);
     torch.delete_tensor(planes);
     torch.delete_tensor(alpha);
     stack[0] = (stable_value)result;
@@ -180,13 +146,14 @@ void plane_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
 
 void plane_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    array dense, scales;
+    array dense, bits, scales;
     array_describe((tensor)stack[0], &dense);
-    call c = describe_planes((tensor)stack[1], (tensor)stack[2], dense.sizes[1], (int64_t)stack[3],
-                             &scales);
+    array_describe((tensor)stack[1], &bits);
+    call c = describe((tensor)stack[2], dense.sizes[1], (int64_t)stack[3], &scales);
+    c.planes = (const uint8_t*)bits.data;
     c.type = dense.type, c.dense = dense.data;
     tensor to_alpha = array_new(scales.sizes, 3, FLOAT32, (char**)&c.to_alpha);
-    for_all_rows(&c, make_plane_gradients);
+    for_all_rows(&c, make_gradients);
     for (int i = 0; i < 3; i++) torch.delete_tensor((tensor)stack[i]);
     stack[0] = (stable_value)to_alpha;
 }

@@ -5,16 +5,18 @@
 
 #include <stdint.h>
 
-/* A group of one row: its latent weights, its scales with alpha2 <= 0 <= alpha1, and its offset. */
+/* A group of one row: its latent weights, or its fixed planes; its scales with
+ * alpha2 <= 0 <= alpha1, and its offset. */
 typedef struct {
     const float* latent;
+    const uint8_t *plane1, *plane2; /* of the group's first weight, least significant bit first */
     int64_t count;
     float alpha1, alpha2, beta;
     int bfloat16; /* dense weights and their gradient: bfloat16 or float32 */
-} latent_group;
+} training_group;
 
 /* To `dense`, the nearest level of every latent weight. */
-typedef void latent_levels(const latent_group* group, void* dense);
+typedef void latent_levels(const training_group* group, void* dense);
 
 /* From the gradient of the dense weights that of the latent ones, 0 farther than half a step beyond
  * the outer levels, and those of alpha1, alpha2 and beta: the sums over each plane, and over all.
@@ -23,22 +25,14 @@ typedef struct {
     float alpha1, alpha2, beta;
 } scale_gradients;
 
-typedef scale_gradients latent_gradients(const latent_group* group, const void* dense,
+typedef scale_gradients latent_gradients(const training_group* group, const void* dense,
                                          float* latent);
 
-/* A group of one row whose planes are fixed: its bits, and its scales. */
-typedef struct {
-    const uint8_t *plane1, *plane2; /* of the group's first weight, least significant bit first */
-    int64_t count;
-    float alpha1, alpha2, beta;
-    int bfloat16; /* dense weights and their gradient: bfloat16 or float32 */
-} plane_group;
-
 /* To `dense`, the level of every weight. */
-typedef void plane_levels(const plane_group* group, void* dense);
+typedef void plane_levels(const training_group* group, void* dense);
 
 /* From the gradient of the dense weights that of the scales. */
-typedef scale_gradients plane_gradients(const plane_group* group, const void* dense);
+typedef scale_gradients plane_gradients(const training_group* group, const void* dense);
 
 /* A token's logits, and what comes of them in nats. */
 typedef struct {

@@ -102,7 +102,18 @@ def quantize_matrix(
         StageFailedError: a scale is not finite in float16.
     """
     rounded = round_scales(alpha, levels)
-    grouped = to_groups(matrix.to(torch.float32), group_size)
-    planes = assign_planes(grouped, rounded.to(torch.float32).unsqueeze(-1))
-    packed = pack_planes(from_groups(planes, matrix.shape[-1]))
+    packed = pack_cells(matrix, rounded, group_size)
     return QuantizedMatrix(packed, rounded, matrix.shape[-1], group_size, levels)
+
+
+def pack_cells(matrix: Tensor, cells: Tensor, group_size: int) -> Tensor:
+    """Packed planes of the nearest levels, uint8 `[2, out, ceil(in / 8)]`.
+
+    Args:
+        matrix: weights or latent weights `[out, in]`.
+        cells: scales of the levels `[2 or 3, out, groups]`.
+        group_size: inputs that share their scales.
+    """
+    grouped = to_groups(matrix.to(torch.float32), group_size)
+    planes = assign_planes(grouped, cells.to(torch.float32).unsqueeze(-1))
+    return pack_planes(from_groups(planes, matrix.shape[-1]))

@@ -14,12 +14,11 @@ from dbllm_cli.fdb.groups import from_groups, to_groups
 from dbllm_cli.fdb.levels import (
     assign_planes,
     clamp_to_cells,
-    nearest_level,
     sorted_levels,
     straight_through_mask,
 )
 from dbllm_cli.fdb.linear import autocast_input
-from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
+from dbllm_cli.fdb.quantized import QuantizedMatrix, pack_cells
 from dbllm_cli.fdb.scales import LevelKind, project_scales, round_scales, tied_units
 from dbllm_cli.kernels import (
     can_round_latents,
@@ -47,27 +46,30 @@ class _LatentWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, latent: Tensor, alpha: Tensor, group_size: int, dtype: torch.dtype
+        ctx: Any,
+        latent: Tensor,
+        alpha: Tensor,
+        cells: Tensor,
+        group_size: int,
+        dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(latent, alpha)
+        ctx.save_for_backward(latent, alpha, cells)
         ctx.group_size = group_size
         if can_round_latents(latent, alpha, dtype):
-            return latent_levels(latent, alpha, group_size, dtype)
-        levels = sorted_levels(alpha.unsqueeze(-1))
-        grouped = nearest_level(to_groups(latent, group_size), levels)
-        return from_groups(grouped, latent.shape[-1]).to(dtype)
+            return latent_levels(latent, alpha, cells, group_size, dtype)
+        packed = pack_cells(latent, cells, group_size)
+        return dequantize(packed, alpha, latent.shape[-1], group_size, dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        latent, alpha = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        latent, alpha, cells = ctx.saved_tensors
         if can_round_latents(latent, alpha, grad.dtype):
-            return *latent_gradients(grad, latent, alpha, ctx.group_size), None, None
+            return *latent_gradients(grad, latent, alpha, cells, ctx.group_size), None, None, None
         grouped = to_groups(latent, ctx.group_size)
-        scales = alpha.unsqueeze(-1)
-        planes = assign_planes(grouped, scales)
-        passes = straight_through_mask(grouped, sorted_levels(scales))
+        planes = assign_planes(grouped, cells.unsqueeze(-1))
+        passes = straight_through_mask(grouped, sorted_levels(cells.unsqueeze(-1)))
         to_latent = grad.to(torch.float32) * from_groups(passes, grad.shape[-1])
-        return to_latent, _scale_gradients(grad, planes, alpha, ctx.group_size), None, None
+        return to_latent, _scale_gradients(grad, planes, alpha, ctx.group_size), None, None, None
 
 
 class _ScaledPlanes(torch.autograd.Function):
@@ -161,23 +163,44 @@ class TrainableLinear(nn.Module):
 
 
 class LatentLinear(TrainableLinear):
-    """Trains latent weights `latent` float32 `[out, in]` and the scales."""
+    """Trains latent weights `latent` float32 `[out, in]` and the scales.
 
-    def __init__(self, quantized: QuantizedMatrix, latent: Tensor, bias: Tensor | None) -> None:
+    Args:
+        quantized: planes and scales to start from.
+        latent: latent weights `[out, in]`.
+        bias: `[out]` or None.
+        fixed_cells: a latent weight has the level of its cell among the scales of the start, which
+            only its own gradient makes it leave; else among the scales as they are. At small
+            rates moving cells would turn over the many weights that lie at a border.
+    """
+
+    def __init__(
+        self,
+        quantized: QuantizedMatrix,
+        latent: Tensor,
+        bias: Tensor | None,
+        fixed_cells: bool = False,
+    ) -> None:
         super().__init__(quantized, bias)
         # The fused optimizer goes through memory as if every parameter were contiguous.
         self.latent = nn.Parameter(latent.to(torch.float32).contiguous())
+        self.cells: Tensor | None
+        self.register_buffer("cells", self.alpha.detach().clone() if fixed_cells else None)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """See `TrainableLinear.dense`."""
         alpha = self.rounded_scales() if self.rounds_scales else self.alpha
-        result: Tensor = _LatentWeight.apply(self.latent, alpha, self.group_size, dtype)
+        cells = alpha.detach() if self.cells is None else self.cells
+        result: Tensor = _LatentWeight.apply(self.latent, alpha, cells, self.group_size, dtype)
         return result
 
     @torch.no_grad()
     def quantize(self) -> QuantizedMatrix:
         """See `TrainableLinear.quantize`."""
-        return quantize_matrix(self.latent, self.alpha, self.group_size, self.levels)
+        alpha = round_scales(self.alpha, self.levels)
+        cells = alpha if self.cells is None else self.cells
+        packed = pack_cells(self.latent, cells, self.group_size)
+        return QuantizedMatrix(packed, alpha, self.in_features, self.group_size, self.levels)
 
 
 class ScaleLinear(TrainableLinear):

@@ -23,7 +23,7 @@ REFERENCE = "reference"
 _SETS = ("avx512", "avx2", "neon", "portable")
 _WORD_INPUTS = 32
 _BLOCK_ROWS = 64
-_LAYOUT = 2
+_LAYOUT = 3
 
 # The operators are defined here and implemented by the library, for CPU tensors alone.
 _OPERATORS = torch.library.Library("dbllm", "FRAGMENT")
@@ -45,10 +45,11 @@ _OPERATORS.define(
     "plane_gradients_cpu(Tensor dense, Tensor planes, Tensor alpha, int group_size) -> Tensor"
 )
 _OPERATORS.define(
-    "latent_levels_cpu(Tensor latent, Tensor alpha, int group_size, bool bfloat16) -> Tensor"
+    "latent_levels_cpu(Tensor latent, Tensor alpha, Tensor cells, int group_size, bool bfloat16)"
+    " -> Tensor"
 )
 _OPERATORS.define(
-    "latent_gradients_cpu(Tensor dense, Tensor latent, Tensor alpha, int group_size)"
+    "latent_gradients_cpu(Tensor dense, Tensor latent, Tensor alpha, Tensor cells, int group_size)"
     " -> (Tensor, Tensor)"
 )
 _OPERATORS.define(

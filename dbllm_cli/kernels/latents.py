@@ -21,13 +21,16 @@ def can_round_latents(latent: Tensor, alpha: Tensor, dtype: torch.dtype) -> bool
     )
 
 
-def latent_levels(latent: Tensor, alpha: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """The nearest level of every latent weight.
+def latent_levels(
+    latent: Tensor, alpha: Tensor, cells: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The level of every latent weight's cell.
 
     Args:
         latent: float32 `[out, in]`.
         alpha: scales with `alpha2 <= 0 <= alpha1`, and the offset beta where there is one, float32
             `[2 or 3, out, groups]`.
+        cells: scales whose levels part the latent weights, of the same shape.
         group_size: inputs that share their scales.
         dtype: of the result, float32 or bfloat16.
 
@@ -35,13 +38,17 @@ def latent_levels(latent: Tensor, alpha: Tensor, group_size: int, dtype: torch.d
         Dense weights `[out, in]`.
     """
     dense: Tensor = torch.ops.dbllm.latent_levels_cpu(
-        latent.contiguous(), alpha.contiguous(), group_size, dtype == torch.bfloat16
+        latent.contiguous(),
+        alpha.contiguous(),
+        cells.contiguous(),
+        group_size,
+        dtype == torch.bfloat16,
     )
     return dense
 
 
 def latent_gradients(
-    dense: Tensor, latent: Tensor, alpha: Tensor, group_size: int
+    dense: Tensor, latent: Tensor, alpha: Tensor, cells: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """Straight-through gradients, those of the scales summed over each plane, and of beta over all.
 
@@ -49,12 +56,13 @@ def latent_gradients(
         dense: gradient of the dense weights, float32 or bfloat16 `[out, in]`.
         latent: as given to `latent_levels`.
         alpha: as given to `latent_levels`.
+        cells: as given to `latent_levels`.
         group_size: inputs that share their scales.
 
     Returns:
         float32 gradients of `latent` and `alpha`.
     """
     to_latent, to_alpha = torch.ops.dbllm.latent_gradients_cpu(
-        dense.contiguous(), latent.contiguous(), alpha.contiguous(), group_size
+        dense.contiguous(), latent.contiguous(), alpha.contiguous(), cells.contiguous(), group_size
     )
     return to_latent, to_alpha

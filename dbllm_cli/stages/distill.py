@@ -17,7 +17,7 @@ from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.losses import DistillationLoss, Heads, LossAndGradient, distillation_loss
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.training import LatentLinear, ScaleLinear
+from dbllm_cli.fdb.training import LatentLinear, latent_start
 from dbllm_cli.llm.blocks import find_blocks
 from dbllm_cli.llm.heads import final_hidden, head, head_parameters
 from dbllm_cli.llm.models import CURVE, Model, load_config, load_model, model_folder
@@ -36,7 +36,7 @@ from dbllm_cli.stages.trained_layers import autocast, make_trainable, unquantize
 from dbllm_cli.store import Artifact
 
 _ROUNDED_SHARE = 0.25
-"""Of the steps, at the end, in which scales over fixed planes train through their rounding."""
+"""Of the steps, at the end, in which scales train through their rounding."""
 
 
 def run(config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
@@ -159,14 +159,13 @@ class _Trainer:
         return {"step": step + 1, "loss": loss, "plain_loss": plain, "gradient_norm": norm}
 
     def _round_late(self, step: int) -> None:
-        """Let scales over fixed planes train as they are, and at the end through their rounding.
+        """Let scales train as they are, and at the end through their rounding.
 
         From the start the steps of codes would be too coarse: all of a layer's would go at once.
         """
         late = step >= self.config.steps * (1 - _ROUNDED_SHARE)
         for layer in self.layers.values():
-            if isinstance(layer, ScaleLinear):
-                layer.rounds_scales = late and layer.levels == "offset"
+            layer.rounds_scales = late and layer.levels == "offset"
 
     def _chosen(self, number: int) -> Tensor:
         """The sequences of batch `number`: a fresh order every epoch, from the seed alone."""
@@ -242,8 +241,11 @@ class _Trainer:
     def trained_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
         """Every layer as it is stored, and its latent weights where they are kept."""
         for name, layer in self.layers.items():
-            keeps = self.config.keep_latents and isinstance(layer, LatentLinear)
-            yield name, layer.quantize(), cast(LatentLinear, layer).latent if keeps else None
+            quantized, latent = layer.quantize(), None
+            if self.config.keep_latents and isinstance(layer, LatentLinear):
+                # The cells of the start are not those of the scales that are stored.
+                latent = latent_start(quantized, layer.latent.detach())
+            yield name, quantized, latent
 
     # -- resuming --------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ def latent_layer(
     quantized: QuantizedMatrix,
     teacher: Tensor,
     bias: Tensor | None,
+    fixed_cells: bool = False,
 ) -> LatentLinear:
     """A layer that trains latent weights and scales.
 
@@ -28,13 +29,14 @@ def latent_layer(
         quantized: its planes and scales.
         teacher: its full-precision matrix `[out, in]`.
         bias: its bias, or None.
+        fixed_cells: as `LatentLinear` takes it.
     """
     device = teacher.device
     on_device = replace(
         quantized, weight=quantized.weight.to(device), alpha=quantized.alpha.to(device)
     )
     latent = student.latent(name, on_device, teacher)
-    return LatentLinear(on_device, latent.to(device), bias)
+    return LatentLinear(on_device, latent.to(device), bias, fixed_cells)
 
 
 def autocast(device: str, compute_dtype: str) -> torch.autocast:
@@ -114,6 +116,8 @@ def make_trainable(
             weight = original.weight
             assert isinstance(weight, Tensor)
             matrix = matrix_of(original, weight.detach())
-            layers[name] = latent_layer(student, name, packed.quantized, matrix, bias)
+            layers[name] = latent_layer(
+                student, name, packed.quantized, matrix, bias, fixed_cells=True
+            )
         replace_module(model, name, layers[name])
     return layers

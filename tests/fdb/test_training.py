@@ -25,9 +25,14 @@ def _quantized(
     return quantize_matrix(matrix, alpha, group_size, levels)
 
 
-def _latent(levels: LevelKind = "plain") -> LatentLinear:
+def _latent(levels: LevelKind = "plain", fixed_cells: bool = False) -> LatentLinear:
     matrix = _normal(OUT, IN) * 1.5
-    return LatentLinear(_quantized(_normal(OUT, IN), levels=levels), matrix, _normal(OUT, seed=4))
+    quantized = _quantized(_normal(OUT, IN), levels=levels)
+    return LatentLinear(quantized, matrix, _normal(OUT, seed=4), fixed_cells)
+
+
+def _in_fixed_cells(levels: LevelKind = "plain") -> LatentLinear:
+    return _latent(levels, fixed_cells=True)
 
 
 def _scaled(levels: LevelKind = "plain") -> ScaleLinear:
@@ -115,8 +120,11 @@ def test_latent_weights_train_through_the_rounding_of_codes(levels: LevelKind) -
     assert torch.allclose(dense, stored, rtol=near, atol=near)
 
 
-def test_scales_over_fixed_planes_can_train_as_they_are_and_are_rounded_at_the_end() -> None:
-    layer = _scaled("offset")
+@pytest.mark.parametrize("make", [_in_fixed_cells, _scaled])
+def test_scales_can_train_as_they_are_and_are_rounded_at_the_end(
+    make: Callable[[LevelKind], TrainableLinear],
+) -> None:
+    layer = make("offset")
     layer.rounds_scales = False
     before = layer.dense(torch.float32).detach()
     with torch.no_grad():
@@ -145,6 +153,24 @@ def test_planes_of_latent_weights_follow_them_and_fixed_planes_do_not() -> None:
     with torch.no_grad():
         fixed.alpha.mul_(3)
     assert torch.equal(fixed.quantize().weight, before)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("levels", ["plain", "offset"])
+def test_scales_that_move_leave_latent_weights_in_fixed_cells(
+    levels: LevelKind, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(training, "can_round_latents", lambda *_: False)
+    layer = _in_fixed_cells(levels)
+    layer.rounds_scales = False
+    planes = layer.quantize().weight
+    with torch.no_grad():
+        layer.alpha.mul_(1.5)
+    moved = layer.quantize()
+    assert torch.equal(moved.weight, planes)
+    # Of the stored scales: float16, or codes of an outer of three bits after the point.
+    assert torch.allclose(layer.dense(torch.float32), moved.dense(), rtol=0.1, atol=0.05)
 
 
 def test_fixed_planes_are_no_float_copy_and_only_the_scales_train() -> None:

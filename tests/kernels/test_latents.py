@@ -28,14 +28,17 @@ def _levels(alpha1: float, alpha2: float, beta: float = 0) -> list[tuple[float, 
     return sorted((value + beta, b1, b2) for value, b1, b2 in levels)
 
 
-def _expected(latent: Tensor, alpha: Tensor, grad: Tensor, size: int) -> tuple[np.ndarray, ...]:
-    w, g, scales = (x.double().numpy() for x in (latent, grad, alpha))
+def _expected(
+    latent: Tensor, alpha: Tensor, cells: Tensor, grad: Tensor, size: int
+) -> tuple[np.ndarray, ...]:
+    w, g, scales, parts = (x.double().numpy() for x in (latent, grad, alpha, cells))
     dense, to_latent, to_alpha = np.zeros_like(w), np.zeros_like(w), np.zeros_like(scales)
     for row, column in np.ndindex(*w.shape):
         group = column // size
-        levels = _levels(*scales[:, row, group])
-        value, b1, b2 = min(levels, key=lambda level: abs(level[0] - w[row, column]))
-        dense[row, column] = value
+        levels = _levels(*parts[:, row, group])
+        _, b1, b2 = min(levels, key=lambda level: abs(level[0] - w[row, column]))
+        alpha1, alpha2, *beta = scales[:, row, group]
+        dense[row, column] = alpha1 * b1 + alpha2 * b2 + sum(beta)
         alive = scales[:, row, group].any()
         to_alpha[:, row, group] += g[row, column] * np.array([b1, b2, 1])[: len(scales)] * alive
         (low, *_), (lower, *_), (upper, *_), (high, *_) = levels
@@ -51,18 +54,21 @@ def _expected(latent: Tensor, alpha: Tensor, grad: Tensor, size: int) -> tuple[n
     size=st.sampled_from([8, 32, 64, 128]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     offset=st.booleans(),
+    moved=st.booleans(),
 )
 def test_levels_and_gradients_are_those_of_the_formula(
-    rows: int, columns: int, size: int, dtype: torch.dtype, offset: bool
+    rows: int, columns: int, size: int, dtype: torch.dtype, offset: bool, moved: bool
 ) -> None:
     latent, grad = normal(rows, columns) * 1.5, normal(rows, columns, seed=3, dtype=dtype)
-    alpha = _scales(rows, -(-columns // size), offset)
+    cells = _scales(rows, -(-columns // size), offset)
+    # Either may have become the larger one since.
+    alpha = cells * torch.tensor([1.5, 0.5, -2.0])[: len(cells), None, None] if moved else cells
     assert can_round_latents(latent, alpha, dtype)
-    dense, to_latent, to_alpha = _expected(latent, alpha, grad, size)
-    found = latent_levels(latent, alpha, size, dtype)
+    dense, to_latent, to_alpha = _expected(latent, alpha, cells, grad, size)
+    found = latent_levels(latent, alpha, cells, size, dtype)
     assert found.dtype == dtype
     np.testing.assert_allclose(found.double(), dense, rtol=2**-8 if dtype.itemsize == 2 else 1e-6)
-    gradients = latent_gradients(grad, latent, alpha, size)
+    gradients = latent_gradients(grad, latent, alpha, cells, size)
     np.testing.assert_array_equal(gradients[0].double(), to_latent)
     np.testing.assert_allclose(gradients[1].double(), to_alpha, rtol=1e-5, atol=1e-4)
 
@@ -71,18 +77,18 @@ def test_weights_on_a_border_go_where_the_planes_say() -> None:
     latent = torch.tensor([[-0.5, 0.5, 1.5, -1.5]])
     upright = torch.tensor([[[2.0]], [[-1.0]]])  # levels -1, 0, 1, 2
     mirrored = torch.tensor([[[1.0]], [[-2.0]]])  # levels -2, -1, 0, 1
-    assert latent_levels(latent, upright, 64, torch.float32).tolist() == [[-1, 1, 1, -1]]
-    assert latent_levels(latent, mirrored, 64, torch.float32).tolist() == [[0, 0, 1, -2]]
+    assert latent_levels(latent, upright, upright, 64, torch.float32).tolist() == [[-1, 1, 1, -1]]
+    assert latent_levels(latent, mirrored, mirrored, 64, torch.float32).tolist() == [[0, 0, 1, -2]]
 
 
 def test_one_thread_and_two_give_the_same_bytes() -> None:
     latent, grad, alpha = normal(300, 1000), normal(300, 1000, seed=1), _scales(300, 16)
-    expected = (latent_levels(latent, alpha, 64, torch.float32),)
-    expected += latent_gradients(grad, latent, alpha, 64)
+    expected = (latent_levels(latent, alpha, alpha, 64, torch.float32),)
+    expected += latent_gradients(grad, latent, alpha, alpha, 64)
     torch.set_num_threads(2)
     try:
-        found = (latent_levels(latent, alpha, 64, torch.float32),)
-        found += latent_gradients(grad, latent, alpha, 64)
+        found = (latent_levels(latent, alpha, alpha, 64, torch.float32),)
+        found += latent_gradients(grad, latent, alpha, alpha, 64)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

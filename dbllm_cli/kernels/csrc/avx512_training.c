@@ -11,7 +11,7 @@ TARGET static void levels(const training_group* group, void* dense) {
     latent_levels_any(group, dense);
 }
 
-TARGET static scale_gradients gradients(const training_group* group, const void* dense,
+TARGET static group_scales gradients(const training_group* group, const void* dense,
                                         float* latent) {
     return latent_gradients_any(group, dense, latent);
 }
@@ -20,7 +20,7 @@ TARGET static void of_planes(const training_group* group, void* dense) {
     plane_levels_any(group, dense);
 }
 
-TARGET static scale_gradients to_scales(const training_group* group, const void* dense) {
+TARGET static group_scales to_scales(const training_group* group, const void* dense) {
     return plane_gradients_any(group, dense);
 }
 

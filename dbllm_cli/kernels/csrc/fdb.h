@@ -39,7 +39,7 @@ enum {
     FDB_MAX_COLUMNS = 32, /* columns of one call of a product */
 };
 
-enum { FDB_LAYOUT = 2 }; /* to be raised with every change of the layout; cpu.py has it too */
+enum { FDB_LAYOUT = 3 }; /* to be raised with every change of the layout; cpu.py has it too */
 
 #define FDB_SMALLEST 0x1p-100f
 

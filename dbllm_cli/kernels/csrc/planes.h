@@ -34,10 +34,11 @@ DECODE_INLINE int plane_bit(const uint8_t* plane, int64_t i) { return plane[i / 
     } while (0)
 
 DECODE_INLINE void plane_levels_any(const training_group* g, void* dense) {
-    float levels[4] = {0, g->alpha1, g->alpha2, g->alpha1 + g->alpha2};
+    group_scales s = g->scales;
+    float levels[4] = {0, s.alpha1, s.alpha2, s.alpha1 + s.alpha2};
     uint32_t halves[4];
     for (int i = 0; i < 4; i++) {
-        levels[i] += g->beta;
+        levels[i] += s.beta;
         halves[i] = fdb_to_bfloat16(levels[i]);
     }
     if (g->bfloat16)
@@ -46,8 +47,8 @@ DECODE_INLINE void plane_levels_any(const training_group* g, void* dense) {
         PLANES_WRITE(float, levels);
 }
 
-DECODE_INLINE scale_gradients plane_gradients_of(const training_group* g, const void* dense,
-                                                 int bfloat16) {
+DECODE_INLINE group_scales plane_gradients_of(const training_group* g, const void* dense,
+                                              int bfloat16) {
     float all[TRAINING_LANES] = {0}, of1[TRAINING_LANES] = {0}, of2[TRAINING_LANES] = {0};
     int64_t i = 0;
     for (; i + TRAINING_LANES <= g->count; i += TRAINING_LANES) {
@@ -66,12 +67,11 @@ DECODE_INLINE scale_gradients plane_gradients_of(const training_group* g, const 
         of2[0] += plane_bit(g->plane2, i) ? gradient : 0;
     }
     /* A group without levels stays without them. */
-    int dead = g->alpha1 == 0 && g->alpha2 == 0;
-    return (scale_gradients){training_total(of1), training_total(of2),
-                             dead ? 0 : training_total(all)};
+    int dead = g->scales.alpha1 == 0 && g->scales.alpha2 == 0;
+    return (group_scales){training_total(of1), training_total(of2), dead ? 0 : training_total(all)};
 }
 
-DECODE_INLINE scale_gradients plane_gradients_any(const training_group* g, const void* dense) {
+DECODE_INLINE group_scales plane_gradients_any(const training_group* g, const void* dense) {
     return g->bfloat16 ? plane_gradients_of(g, dense, 1) : plane_gradients_of(g, dense, 0);
 }
 

@@ -1,9 +1,10 @@
 /* dbllm::plane_levels_cpu(Tensor planes, Tensor alpha, int in_features, int group_size,
  *   bool bfloat16) -> Tensor
  * dbllm::plane_gradients_cpu(Tensor dense, Tensor planes, Tensor alpha, int group_size) -> Tensor
- * dbllm::latent_levels_cpu(Tensor latent, Tensor alpha, int group_size, bool bfloat16) -> Tensor
- * dbllm::latent_gradients_cpu(Tensor dense, Tensor latent, Tensor alpha, int group_size)
- *   -> (Tensor, Tensor)
+ * dbllm::latent_levels_cpu(Tensor latent, Tensor alpha, Tensor cells, int group_size,
+ *   bool bfloat16) -> Tensor
+ * dbllm::latent_gradients_cpu(Tensor dense, Tensor latent, Tensor alpha, Tensor cells,
+ *   int group_size) -> (Tensor, Tensor)
  * dbllm::distillation_cpu(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)
  * All inputs are contiguous. */
 #include "fdb.h"
@@ -12,7 +13,7 @@
 enum { GRAIN = 1 << 16 }; /* weights: fewer are not worth waking another thread */
 
 typedef struct {
-    const float *latent, *alpha; /* latent: NULL where there are planes */
+    const float *latent, *alpha, *cells; /* latent and cells: NULL where there are planes */
     const uint8_t* planes;
     char* dense;
     float *to_latent, *to_alpha;
@@ -20,18 +21,22 @@ typedef struct {
     element_type type;
 } call;
 
+static group_scales scales_of(const call* c, const float* alpha, int64_t row, int64_t group) {
+    int64_t scale = row * c->groups + group, next = c->rows * c->groups;
+    float beta = c->scales == 3 ? alpha[2 * next + scale] : 0;
+    return (group_scales){alpha[scale], alpha[next + scale], beta};
+}
+
 static training_group group_of(const call* c, int64_t row, int64_t group) {
-    int64_t first = group * c->group_size, scale = row * c->groups + group;
-    int64_t next = c->rows * c->groups, bytes = fdb_ceil_div(c->in, 8);
+    int64_t first = group * c->group_size, bytes = fdb_ceil_div(c->in, 8);
     training_group g = {
         .count = fdb_min(c->group_size, c->in - first),
-        .alpha1 = c->alpha[scale],
-        .alpha2 = c->alpha[next + scale],
-        .beta = c->scales == 3 ? c->alpha[2 * next + scale] : 0,
+        .scales = scales_of(c, c->alpha, row, group),
         .bfloat16 = c->type == BFLOAT16,
     };
     if (c->latent != NULL) {
         g.latent = c->latent + row * c->in + first;
+        g.cells = scales_of(c, c->cells, row, group);
     } else {
         g.plane1 = c->planes + row * bytes + first / 8;
         g.plane2 = g.plane1 + c->rows * bytes;
@@ -57,7 +62,7 @@ static void make_levels(int64_t first, int64_t last, void* context) {
         }
 }
 
-static void write_scales(const call* c, int64_t row, int64_t group, scale_gradients sums) {
+static void write_scales(const call* c, int64_t row, int64_t group, group_scales sums) {
     int64_t next = c->rows * c->groups;
     float* to = c->to_alpha + row * c->groups + group;
     to[0] = sums.alpha1;
@@ -100,31 +105,31 @@ static void for_all_rows(call* c, range_function function) {
 
 void latent_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    tensor latent = (tensor)stack[0], alpha = (tensor)stack[1];
-    array weights, scales;
-    array_describe(latent, &weights);
-    call c = describe(alpha, weights.sizes[1], (int64_t)stack[2], &scales);
-    c.latent = (const float*)weights.data;
-    c.type = stack[3] & 1 ? BFLOAT16 : FLOAT32;
+    array weights, scales, cells;
+    array_describe((tensor)stack[0], &weights);
+    array_describe((tensor)stack[2], &cells);
+    call c = describe((tensor)stack[1], weights.sizes[1], (int64_t)stack[3], &scales);
+    c.latent = (const float*)weights.data, c.cells = (const float*)cells.data;
+    c.type = stack[4] & 1 ? BFLOAT16 : FLOAT32;
     tensor result = array_new(weights.sizes, 2, c.type, &c.dense);
     for_all_rows(&c, make_levels);
-    torch.delete_tensor(latent);
-    torch.delete_tensor(alpha);
+    for (int i = 0; i < 3; i++) torch.delete_tensor((tensor)stack[i]);
     stack[0] = (stable_value)result;
 }
 
 void latent_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    array dense, weights, scales;
+    array dense, weights, scales, cells;
     array_describe((tensor)stack[0], &dense);
     array_describe((tensor)stack[1], &weights);
-    call c = describe((tensor)stack[2], weights.sizes[1], (int64_t)stack[3], &scales);
-    c.latent = (const float*)weights.data;
+    array_describe((tensor)stack[3], &cells);
+    call c = describe((tensor)stack[2], weights.sizes[1], (int64_t)stack[4], &scales);
+    c.latent = (const float*)weights.data, c.cells = (const float*)cells.data;
     c.type = dense.type, c.dense = dense.data;
     tensor to_latent = array_new(weights.sizes, 2, FLOAT32, (char**)&c.to_latent);
     tensor to_alpha = array_new(scales.sizes, 3, FLOAT32, (char**)&c.to_alpha);
     for_all_rows(&c, make_gradients);
-    for (int i = 0; i < 3; i++) torch.delete_tensor((tensor)stack[i]);
+    for (int i = 0; i < 4; i++) torch.delete_tensor((tensor)stack[i]);
     stack[0] = (stable_value)to_latent;
     stack[1] = (stable_value)to_alpha;
 }

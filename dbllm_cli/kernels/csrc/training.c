@@ -6,13 +6,13 @@
 
 static void levels(const training_group* group, void* dense) { latent_levels_any(group, dense); }
 
-static scale_gradients gradients(const training_group* group, const void* dense, float* latent) {
+static group_scales gradients(const training_group* group, const void* dense, float* latent) {
     return latent_gradients_any(group, dense, latent);
 }
 
 static void of_planes(const training_group* group, void* dense) { plane_levels_any(group, dense); }
 
-static scale_gradients to_scales(const training_group* group, const void* dense) {
+static group_scales to_scales(const training_group* group, const void* dense) {
     return plane_gradients_any(group, dense);
 }
 

@@ -5,34 +5,35 @@
 
 #include <stdint.h>
 
-/* A group of one row: its latent weights, or its fixed planes; its scales with
- * alpha2 <= 0 <= alpha1, and its offset. */
+/* alpha2 <= 0 <= alpha1 and the offset of a group; or their gradients. */
+typedef struct {
+    float alpha1, alpha2, beta;
+} group_scales;
+
+/* A group of one row: its latent weights and the scales whose levels part them into cells, or its
+ * fixed planes; and its scales. */
 typedef struct {
     const float* latent;
     const uint8_t *plane1, *plane2; /* of the group's first weight, least significant bit first */
     int64_t count;
-    float alpha1, alpha2, beta;
+    group_scales scales, cells;
     int bfloat16; /* dense weights and their gradient: bfloat16 or float32 */
 } training_group;
 
-/* To `dense`, the nearest level of every latent weight. */
+/* To `dense`, the level of every latent weight's cell. */
 typedef void latent_levels(const training_group* group, void* dense);
 
 /* From the gradient of the dense weights that of the latent ones, 0 farther than half a step beyond
- * the outer levels, and those of alpha1, alpha2 and beta: the sums over each plane, and over all.
- */
-typedef struct {
-    float alpha1, alpha2, beta;
-} scale_gradients;
-
-typedef scale_gradients latent_gradients(const training_group* group, const void* dense,
-                                         float* latent);
+ * the cells' outer levels, and those of alpha1, alpha2 and beta: the sums over each plane, and over
+ * all. */
+typedef group_scales latent_gradients(const training_group* group, const void* dense,
+                                      float* latent);
 
 /* To `dense`, the level of every weight. */
 typedef void plane_levels(const training_group* group, void* dense);
 
 /* From the gradient of the dense weights that of the scales. */
-typedef scale_gradients plane_gradients(const training_group* group, const void* dense);
+typedef group_scales plane_gradients(const training_group* group, const void* dense);
 
 /* A token's logits, and what comes of them in nats. */
 typedef struct {

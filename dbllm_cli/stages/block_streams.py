@@ -27,10 +27,13 @@ class BlockStreams:
     Attributes:
         teacher: in the teacher.
         student: after the quantized blocks before it.
+        ahead: the teacher's after the next block, where a window of two has run it already; a
+            resumed run does not have it.
     """
 
     teacher: Tensor
     student: Tensor
+    ahead: Tensor | None = None
 
 
 def begin_streams(

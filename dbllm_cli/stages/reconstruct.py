@@ -120,8 +120,7 @@ class _BlockTraining:
         """Train one block; the streams move on to its outputs."""
         batch_size = self.config.batch_size
         teacher = self.model.load_block(index)
-        with autocast(self.ctx.device, self.config.compute_dtype):
-            targets = self.model.run_all(index, teacher, streams.teacher, batch_size, task.advance)
+        targets = self._targets(index, teacher, streams, task)
         block, layers = self._student_block(index, teacher)
         self.model.drop_block(index)
         before = self._error_before(index, block, streams.student, targets)
@@ -138,7 +137,18 @@ class _BlockTraining:
         latents = {name: layer.latent for name, layer in layers.items()}
         keep_layers(self.ctx.scratch, index, quantized, latents)
         streams.teacher, streams.student = targets, output
+        streams.ahead = following.targets if following else None
         return {"error_before": round(before, 6), "error_after": round(after, 6)}
+
+    def _targets(self, index: int, teacher: nn.Module, streams: BlockStreams, task: Task) -> Tensor:
+        """The block's output in the teacher."""
+        if streams.ahead is not None:
+            task.advance(len(streams.ahead))
+            return streams.ahead
+        with autocast(self.ctx.device, self.config.compute_dtype):
+            return self.model.run_all(
+                index, teacher, streams.teacher, self.config.batch_size, task.advance
+            )
 
     def _next_block(self, index: int, targets: Tensor) -> _NextBlock | None:
         """What a window of two blocks needs; the last block has a window of its own."""

@@ -100,16 +100,17 @@ def straight_through_mask(grouped: Tensor, levels: Levels) -> Tensor:
     return (grouped >= below) & (grouped <= above)
 
 
-def clamp_to_cells(grouped: Tensor, planes: Tensor, alpha: Tensor) -> Tensor:
+def clamp_to_cells(grouped: Tensor, planes: Tensor, alpha: Tensor, margin: float = 1e-3) -> Tensor:
     """The weight nearest to each given one that still has the same planes.
 
-    So training can start from a full-precision weight without changing a stored plane. The borders
-    are drawn in by a thousandth of a cell, so that rounding does not cross them.
+    So training can start from a full-precision weight without changing a stored plane.
 
     Args:
         grouped: full-precision weights `[..., group_size]`.
         planes: b1 and b2, bool `[2, ..., group_size]`.
         alpha: as `sorted_levels` takes it, `[2 or 3, ..., 1]`.
+        margin: how far from a border the result stays, as a share of the cell; above 0, so that
+            rounding does not cross it.
     """
     levels = sorted_levels(alpha)
     borders = torch.stack(levels.borders, dim=-1).expand(*grouped.shape, 3)
@@ -120,5 +121,5 @@ def clamp_to_cells(grouped: Tensor, planes: Tensor, alpha: Tensor) -> Tensor:
     rank = torch.where(upright, 1 + 2 * first - second, 2 + first - 2 * second)
     lower = edges.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
     upper = edges.gather(-1, rank.unsqueeze(-1) + 1).squeeze(-1)
-    inset = torch.minimum(upper - lower, levels.highest - levels.lowest) * 1e-3
+    inset = torch.minimum(upper - lower, levels.highest - levels.lowest) * margin
     return torch.minimum(torch.maximum(grouped, lower + inset), upper - inset)

@@ -226,12 +226,13 @@ class ScaleLinear(TrainableLinear):
         return QuantizedMatrix(self.packed, alpha, self.in_features, self.group_size, self.levels)
 
 
-def latent_start(quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
+def latent_start(quantized: QuantizedMatrix, teacher: Tensor, margin: float = 1e-3) -> Tensor:
     """Latent weights to start from: the teacher's weights, clamped into their codes' cells.
 
     Args:
         quantized: stored planes and scales.
         teacher: full-precision weights `[out, in]`, or gptq's compensated ones.
+        margin: from the borders of a cell, as `clamp_to_cells` takes it.
 
     Returns:
         float32 `[out, in]`, with the same planes as `quantized`.
@@ -240,5 +241,5 @@ def latent_start(quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
     planes = unpack_planes(quantized.weight, quantized.in_features, torch.float32).bool()
     alpha = quantized.alpha.to(torch.float32).unsqueeze(-1)
     grouped = to_groups(teacher.to(torch.float32), size)
-    clamped = clamp_to_cells(grouped, to_groups(planes, size), alpha)
+    clamped = clamp_to_cells(grouped, to_groups(planes, size), alpha, margin)
     return from_groups(clamped, teacher.shape[-1])

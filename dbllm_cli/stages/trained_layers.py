@@ -8,9 +8,16 @@ from torch import Tensor, nn
 
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.training import LatentLinear, ScaleLinear, TrainableLinear
+from dbllm_cli.fdb.training import LatentLinear, ScaleLinear, TrainableLinear, latent_start
 from dbllm_cli.llm.blocks import matrix_of
 from dbllm_cli.llm.packed import PackedFolder
+
+_MARGIN = 0.2
+"""Of a cell: how far from its borders latent weights start where cells are fixed.
+
+`reconstruct` leaves many at a border, where any gradient would turn them over. From farther away
+only gradients that agree over many steps do.
+"""
 
 
 def latent_layer(
@@ -29,14 +36,16 @@ def latent_layer(
         quantized: its planes and scales.
         teacher: its full-precision matrix `[out, in]`.
         bias: its bias, or None.
-        fixed_cells: as `LatentLinear` takes it.
+        fixed_cells: as `LatentLinear` takes it; latent weights then start away from the borders.
     """
     device = teacher.device
     on_device = replace(
         quantized, weight=quantized.weight.to(device), alpha=quantized.alpha.to(device)
     )
-    latent = student.latent(name, on_device, teacher)
-    return LatentLinear(on_device, latent.to(device), bias, fixed_cells)
+    latent = student.latent(name, on_device, teacher).to(device)
+    if fixed_cells:
+        latent = latent_start(on_device, latent, _MARGIN)
+    return LatentLinear(on_device, latent, bias, fixed_cells)
 
 
 def autocast(device: str, compute_dtype: str) -> torch.autocast:

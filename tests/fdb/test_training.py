@@ -221,3 +221,18 @@ def test_training_from_another_matrix_starts_with_the_stored_planes() -> None:
     start = latent_start(quantized, _normal(8, 172, seed=9))
     again = quantize_matrix(start, quantized.alpha, 64)
     assert torch.equal(again.weight, quantized.weight)
+
+
+def test_training_can_start_away_from_the_borders_between_the_cells() -> None:
+    quantized = _quantized(_normal(8, 172), 64, "offset")
+    start = latent_start(quantized, _normal(8, 172, seed=9), margin=0.2)
+    assert torch.equal(
+        quantize_matrix(start, quantized.alpha, 64, "offset").weight, quantized.weight
+    )
+    alpha1, alpha2, beta = quantized.alpha.double().repeat_interleave(64, -1)[..., :172]
+    levels = torch.stack((alpha2, alpha1 * 0, alpha1 + alpha2, alpha1)).sort(0).values + beta
+    borders = (levels[1:] + levels[:-1]) / 2
+    distance = (start.double() - borders).abs().min(0).values
+    narrowest = (borders[1:] - borders[:-1]).min(0).values
+    assert (distance >= 0.199 * narrowest).all()
+    assert (distance < 0.201 * narrowest).any()

@@ -173,7 +173,6 @@ class DistillConfig(TrainConfig):
         0.0, ge=0, description="dad: lambda, weight of the plain distillation term added to it"
     )
     steps: int = Field(40, gt=0, description="optimizer steps")
-    batch_size: int = Field(2, gt=0, description="sequences per step")
     gradient_accumulation: int = Field(1, gt=0, description="batches summed up for one step")
     latent_lr: float = Field(
         4e-3, gt=0, description="learning rate of latent weights, times the layer's mean |alpha1|"

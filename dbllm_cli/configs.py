@@ -152,7 +152,7 @@ class ReconstructConfig(TrainConfig):
     window: Literal[1, 2] = Field(
         1,
         description="2: the output of the next block, in full precision, is matched too, in about "
-        "1.7 times the time",
+        "1.5 times the time",
     )
 
 

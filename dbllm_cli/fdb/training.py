@@ -57,8 +57,12 @@ class _LatentWeight(torch.autograd.Function):
         ctx.group_size = group_size
         if can_round_latents(latent, alpha, dtype):
             return latent_levels(latent, alpha, cells, group_size, dtype)
-        packed = pack_cells(latent, cells, group_size)
-        return dequantize(packed, alpha, latent.shape[-1], group_size, dtype)
+        planes = assign_planes(to_groups(latent, group_size), cells.unsqueeze(-1)).float()
+        scales = alpha.unsqueeze(-1)
+        grouped = torch.addcmul(planes[0] * scales[0], planes[1], scales[1])
+        if len(scales) == 3:
+            grouped += scales[2]
+        return from_groups(grouped, latent.shape[-1]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

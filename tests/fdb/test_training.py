@@ -86,10 +86,19 @@ def test_the_gradient_of_a_latent_weight_passes_inside_the_bounds_and_stops_outs
     assert torch.allclose(layer.latent.grad.double(), gradient * inside, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [_latent, _scaled])
-def test_a_layer_that_trains_gives_the_output_of_what_it_will_store(make: object) -> None:
-    assert callable(make)
-    layer = make()
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("levels", ["plain", "offset"])
+@pytest.mark.parametrize("make", [_latent, _in_fixed_cells, _scaled])
+def test_a_layer_that_trains_gives_the_output_of_what_it_will_store(
+    make: Callable[[LevelKind], TrainableLinear],
+    levels: LevelKind,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(training, "can_round_latents", lambda *_: False)
+        monkeypatch.setattr(training, "can_scale_planes", lambda *_: False)
+    layer = make(levels)
     x = _normal(2, 5, IN, seed=3)
     dense = layer.quantize().dense()
     assert torch.equal(layer.dense(torch.float32), dense)

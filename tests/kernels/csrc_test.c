@@ -269,7 +269,7 @@ static void run_training(const fdb_instruction_set *set) {
     int bfloat16 = (int)below(2);
     int64_t count = 1 + (int64_t)below(150), bytes = bfloat16 ? 2 : 4;
     training_group group = {
-        .count = count, .alpha1 = 1, .alpha2 = -0.5f, .beta = 0.1f, .bfloat16 = bfloat16};
+        .count = count, .scales = {1, -0.5f, 0.1f}, .cells = {1, -0.4f, 0}, .bfloat16 = bfloat16};
     distillation_token token = {.count = count, .bfloat16 = bfloat16};
     float *latent = memory(count * 4), *to_latent = memory(count * 4);
     char *dense = memory(count * bytes), *gradient = memory(count * bytes);

@@ -20,7 +20,8 @@ SETTINGS: dict[str, Any] = {
     "save_every": 4,
     "scale_lr": 1e-2,
 }
-WEIGHTS: dict[str, Any] = SETTINGS | {"train": "weights"}
+# The rate brings some latent weights over a border in these few steps.
+WEIGHTS: dict[str, Any] = SETTINGS | {"train": "weights", "latent_lr": 0.02}
 TOO_FAST: dict[str, Any] = SETTINGS | {"scale_lr": 2.0, "eval_every": 1, "steps": 30}
 
 

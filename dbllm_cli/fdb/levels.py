@@ -109,8 +109,8 @@ def clamp_to_cells(grouped: Tensor, planes: Tensor, alpha: Tensor, margin: float
         grouped: full-precision weights `[..., group_size]`.
         planes: b1 and b2, bool `[2, ..., group_size]`.
         alpha: as `sorted_levels` takes it, `[2 or 3, ..., 1]`.
-        margin: how far from a border the result stays, as a share of the cell; above 0, so that
-            rounding does not cross it.
+        margin: how far from a border the result stays, as a share of the cell, an outer one's of
+            the whole range; above 0, so that rounding does not cross it.
     """
     levels = sorted_levels(alpha)
     borders = torch.stack(levels.borders, dim=-1).expand(*grouped.shape, 3)

@@ -26,6 +26,7 @@ from dbllm_cli.kernels import (
     dequantize,
     latent_gradients,
     latent_levels,
+    levels_of,
     plane_gradients,
     plane_levels,
     unpack_planes,
@@ -58,11 +59,7 @@ class _LatentWeight(torch.autograd.Function):
         if can_round_latents(latent, alpha, dtype):
             return latent_levels(latent, alpha, cells, group_size, dtype)
         planes = assign_planes(to_groups(latent, group_size), cells.unsqueeze(-1)).float()
-        scales = alpha.unsqueeze(-1)
-        grouped = torch.addcmul(planes[0] * scales[0], planes[1], scales[1])
-        if len(scales) == 3:
-            grouped += scales[2]
-        return from_groups(grouped, latent.shape[-1]).to(dtype)
+        return from_groups(levels_of(planes, alpha), latent.shape[-1]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -143,10 +140,21 @@ class TrainableLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix `[out, in]`, with gradients."""
+        return self._dense(self.rounded_scales() if self.rounds_scales else self.alpha, dtype)
+
+    @torch.no_grad()
+    def quantize(self) -> QuantizedMatrix:
+        """What is stored: scales rounded, and their planes."""
+        alpha = round_scales(self.alpha, self.levels)
+        planes = self._planes(alpha)
+        return QuantizedMatrix(planes, alpha, self.in_features, self.group_size, self.levels)
+
+    def _dense(self, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+        """The dequantized matrix of these scales."""
         raise NotImplementedError
 
-    def quantize(self) -> QuantizedMatrix:
-        """What is stored: scales rounded, and the planes they give."""
+    def _planes(self, alpha: Tensor) -> Tensor:
+        """The packed planes that go with these scales."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,20 +199,17 @@ class LatentLinear(TrainableLinear):
         self.cells: Tensor | None
         self.register_buffer("cells", self.alpha.detach().clone() if fixed_cells else None)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """See `TrainableLinear.dense`."""
-        alpha = self.rounded_scales() if self.rounds_scales else self.alpha
-        cells = alpha.detach() if self.cells is None else self.cells
-        result: Tensor = _LatentWeight.apply(self.latent, alpha, cells, self.group_size, dtype)
+    def _dense(self, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+        result: Tensor = _LatentWeight.apply(
+            self.latent, alpha, self._cells(alpha), self.group_size, dtype
+        )
         return result
 
-    @torch.no_grad()
-    def quantize(self) -> QuantizedMatrix:
-        """See `TrainableLinear.quantize`."""
-        alpha = round_scales(self.alpha, self.levels)
-        cells = alpha if self.cells is None else self.cells
-        packed = pack_cells(self.latent, cells, self.group_size)
-        return QuantizedMatrix(packed, alpha, self.in_features, self.group_size, self.levels)
+    def _planes(self, alpha: Tensor) -> Tensor:
+        return pack_cells(self.latent, self._cells(alpha), self.group_size)
+
+    def _cells(self, alpha: Tensor) -> Tensor:
+        return alpha.detach() if self.cells is None else self.cells
 
 
 class ScaleLinear(TrainableLinear):
@@ -215,19 +220,15 @@ class ScaleLinear(TrainableLinear):
         self.packed: Tensor
         self.register_buffer("packed", quantized.weight)
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """See `TrainableLinear.dense`."""
-        alpha = self.rounded_scales() if self.rounds_scales else self.alpha
+    def _dense(self, alpha: Tensor, dtype: torch.dtype) -> Tensor:
         result: Tensor = _ScaledPlanes.apply(
             self.packed, alpha, self.in_features, self.group_size, dtype
         )
         return result
 
-    @torch.no_grad()
-    def quantize(self) -> QuantizedMatrix:
-        """See `TrainableLinear.quantize`."""
-        alpha = round_scales(self.alpha, self.levels)
-        return QuantizedMatrix(self.packed, alpha, self.in_features, self.group_size, self.levels)
+    def _planes(self, alpha: Tensor) -> Tensor:
+        del alpha
+        return self.packed
 
 
 def latent_start(quantized: QuantizedMatrix, teacher: Tensor, margin: float = 1e-3) -> Tensor:

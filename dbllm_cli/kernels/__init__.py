@@ -8,7 +8,7 @@ from dbllm_cli.kernels.int8 import dequantize_rows, int8_linear, quantize_rows
 from dbllm_cli.kernels.latents import can_round_latents, latent_gradients, latent_levels
 from dbllm_cli.kernels.operator import fdb_linear, fdb_linear_tiled, has_gpu_kernel
 from dbllm_cli.kernels.planes import can_scale_planes, plane_gradients, plane_levels
-from dbllm_cli.kernels.reference import dequantize, unpack_planes
+from dbllm_cli.kernels.reference import dequantize, levels_of, unpack_planes
 
 __all__ = [
     "REFERENCE",
@@ -30,6 +30,7 @@ __all__ = [
     "int8_linear",
     "latent_gradients",
     "latent_levels",
+    "levels_of",
     "plane_gradients",
     "plane_levels",
     "quantize_rows",

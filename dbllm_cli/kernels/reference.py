@@ -46,12 +46,22 @@ def dequantize(
     planes = unpack_planes(weight, padded, torch.float32)
     if padded != groups * group_size:
         planes = torch.nn.functional.pad(planes, (0, groups * group_size - padded))
-    grouped = planes.view(2, out_features, groups, group_size)
+    dense = levels_of(planes.view(2, out_features, groups, group_size), alpha)
+    return dense.to(dtype).view(out_features, -1)[:, :in_features]
+
+
+def levels_of(grouped: Tensor, alpha: Tensor) -> Tensor:
+    """The level of every weight, float32 `[out, groups, group_size]`.
+
+    Args:
+        grouped: planes as numbers, float32 `[2, out, groups, group_size]`.
+        alpha: as `dequantize` takes it.
+    """
     scales = alpha.to(torch.float32).unsqueeze(-1)
     dense = torch.addcmul(grouped[0] * scales[0], grouped[1], scales[1])
     if len(scales) == 3:
         dense += scales[2]
-    return dense.to(dtype).view(out_features, -1)[:, :in_features]
+    return dense
 
 
 def fdb_linear_reference(

@@ -120,7 +120,7 @@ class _BlockTraining:
         """Train one block; the streams move on to its outputs."""
         batch_size = self.config.batch_size
         teacher = self.model.load_block(index)
-        targets = self._targets(index, teacher, streams, task)
+        streams.teacher = targets = self._targets(index, teacher, streams, task)
         block, layers = self._student_block(index, teacher)
         self.model.drop_block(index)
         before = self._error_before(index, block, streams.student, targets)
@@ -136,7 +136,7 @@ class _BlockTraining:
         after = mean_error(output, targets, batch_size)
         latents = {name: layer.latent for name, layer in layers.items()}
         keep_layers(self.ctx.scratch, index, quantized, latents)
-        streams.teacher, streams.student = targets, output
+        streams.student = output
         streams.ahead = following.targets if following else None
         return {"error_before": round(before, 6), "error_after": round(after, 6)}
 

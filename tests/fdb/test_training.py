@@ -39,23 +39,25 @@ def _scaled(levels: LevelKind = "plain") -> ScaleLinear:
     return ScaleLinear(_quantized(_normal(OUT, IN), levels=levels), None)
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def kernels_or_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the test with the compiled kernels and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(training, "can_round_latents", lambda *_: False)
+        monkeypatch.setattr(training, "can_scale_planes", lambda *_: False)
+
+
 def _weight_gradient(layer: TrainableLinear, x: Tensor, output_gradient: Tensor) -> Tensor:
     layer(x).backward(output_gradient)
     return output_gradient.double().t() @ x.double()
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.usefixtures("kernels_or_torch")
 @pytest.mark.parametrize("levels", ["plain", "offset"])
 @pytest.mark.parametrize("make", [_latent, _scaled])
 def test_gradients_of_the_scales_are_the_sums_over_the_group_of_gradient_times_plane(
-    make: Callable[[LevelKind], TrainableLinear],
-    levels: LevelKind,
-    compiled: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[LevelKind], TrainableLinear], levels: LevelKind
 ) -> None:
-    if not compiled:
-        monkeypatch.setattr(training, "can_round_latents", lambda *_: False)
-        monkeypatch.setattr(training, "can_scale_planes", lambda *_: False)
     layer = make(levels)
     planes = unpack_planes(layer.quantize().weight, IN, torch.float64)
     # The offset is the scale of a plane of ones.
@@ -86,18 +88,12 @@ def test_the_gradient_of_a_latent_weight_passes_inside_the_bounds_and_stops_outs
     assert torch.allclose(layer.latent.grad.double(), gradient * inside, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.usefixtures("kernels_or_torch")
 @pytest.mark.parametrize("levels", ["plain", "offset"])
 @pytest.mark.parametrize("make", [_latent, _in_fixed_cells, _scaled])
 def test_a_layer_that_trains_gives_the_output_of_what_it_will_store(
-    make: Callable[[LevelKind], TrainableLinear],
-    levels: LevelKind,
-    compiled: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[LevelKind], TrainableLinear], levels: LevelKind
 ) -> None:
-    if not compiled:
-        monkeypatch.setattr(training, "can_round_latents", lambda *_: False)
-        monkeypatch.setattr(training, "can_scale_planes", lambda *_: False)
     layer = make(levels)
     x = _normal(2, 5, IN, seed=3)
     dense = layer.quantize().dense()
@@ -164,13 +160,9 @@ def test_planes_of_latent_weights_follow_them_and_fixed_planes_do_not() -> None:
     assert torch.equal(fixed.quantize().weight, before)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.usefixtures("kernels_or_torch")
 @pytest.mark.parametrize("levels", ["plain", "offset"])
-def test_scales_that_move_leave_latent_weights_in_fixed_cells(
-    levels: LevelKind, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
-        monkeypatch.setattr(training, "can_round_latents", lambda *_: False)
+def test_scales_that_move_leave_latent_weights_in_fixed_cells(levels: LevelKind) -> None:
     layer = _in_fixed_cells(levels)
     layer.rounds_scales = False
     planes = layer.quantize().weight

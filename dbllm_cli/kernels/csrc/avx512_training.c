@@ -12,7 +12,7 @@ TARGET static void levels(const training_group* group, void* dense) {
 }
 
 TARGET static group_scales gradients(const training_group* group, const void* dense,
-                                        float* latent) {
+                                     float* latent) {
     return latent_gradients_any(group, dense, latent);
 }
 

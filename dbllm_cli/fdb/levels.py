@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_LEAST_OUTER = 1e-3
+"""Of the range of the levels: how far `clamp_to_cells` goes into an outer cell at least."""
+
 
 class Levels(NamedTuple):
     """The sorted levels of each group and the borders between them, all of one shape."""
@@ -95,9 +98,14 @@ def straight_through_mask(grouped: Tensor, levels: Levels) -> Tensor:
         grouped: latent weights `[..., group_size]`.
         levels: of shape `[..., 1]`.
     """
+    below, above = _passing_bounds(levels)
+    return (grouped >= below) & (grouped <= above)
+
+
+def _passing_bounds(levels: Levels) -> tuple[Tensor, Tensor]:
     below = levels.lowest - (levels.lower - levels.lowest) / 2
     above = levels.highest + (levels.highest - levels.upper) / 2
-    return (grouped >= below) & (grouped <= above)
+    return below, above
 
 
 def clamp_to_cells(grouped: Tensor, planes: Tensor, alpha: Tensor, margin: float = 1e-3) -> Tensor:
@@ -109,17 +117,22 @@ def clamp_to_cells(grouped: Tensor, planes: Tensor, alpha: Tensor, margin: float
         grouped: full-precision weights `[..., group_size]`.
         planes: b1 and b2, bool `[2, ..., group_size]`.
         alpha: as `sorted_levels` takes it, `[2 or 3, ..., 1]`.
-        margin: how far from a border the result stays, as a share of the cell, an outer one's of
-            the whole range; above 0, so that rounding does not cross it.
+        margin: how far from a border the result stays, as a share of the cell, where an outer one
+            ends with the straight-through gradient; above 0, so that rounding does not cross it.
     """
     levels = sorted_levels(alpha)
-    borders = torch.stack(levels.borders, dim=-1).expand(*grouped.shape, 3)
-    infinite = torch.full_like(borders[..., :1], torch.inf)
-    edges = torch.cat((-infinite, borders, infinite), dim=-1)
+    below, above = _passing_bounds(levels)
+    edges = torch.stack((below, *levels.borders, above), dim=-1).expand(*grouped.shape, 5)
     first, second = planes.long()
     upright = alpha[0] + alpha[1] >= 0
     rank = torch.where(upright, 1 + 2 * first - second, 2 + first - 2 * second)
     lower = edges.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
     upper = edges.gather(-1, rank.unsqueeze(-1) + 1).squeeze(-1)
-    inset = torch.minimum(upper - lower, levels.highest - levels.lowest) * margin
-    return torch.minimum(torch.maximum(grouped, lower + inset), upper - inset)
+    inset = (upper - lower) * margin
+    # An outer cell is empty where two levels coincide; an inner one never is.
+    least = (levels.highest - levels.lowest) * _LEAST_OUTER
+    outer = torch.maximum(inset, least)
+    from_lower = lower + torch.where(rank == 3, outer, inset)
+    from_upper = upper - torch.where(rank == 0, outer, inset)
+    kept = torch.maximum(grouped, from_lower.masked_fill(rank == 0, -torch.inf))
+    return torch.minimum(kept, from_upper.masked_fill(rank == 3, torch.inf))

@@ -57,6 +57,18 @@ def project_scales(alpha: Tensor, kind: LevelKind) -> Tensor:
     return torch.stack(tie_scales(*pair) if kind == "tied" else pair)
 
 
+def keep_orientation(alpha: Tensor, upright: Tensor) -> Tensor:
+    """The nearest scales whose sum alpha1 + alpha2 has not the other sign.
+
+    Args:
+        alpha: allowed ones, `[2 or 3, out, groups]`.
+        upright: where the sum may not be negative, bool `[out, groups]`; elsewhere not positive.
+    """
+    middle = alpha[0] + alpha[1]
+    excess = torch.where(upright, middle.clamp(max=0), middle.clamp(min=0)) / 2
+    return torch.cat((alpha[:2] - excess, alpha[2:]))
+
+
 def round_scales(alpha: Tensor, kind: LevelKind) -> Tensor:
     """Scales projected and rounded to what is stored, as float16.
 

@@ -19,7 +19,13 @@ from dbllm_cli.fdb.levels import (
 )
 from dbllm_cli.fdb.linear import autocast_input
 from dbllm_cli.fdb.quantized import QuantizedMatrix, pack_cells
-from dbllm_cli.fdb.scales import LevelKind, project_scales, round_scales, tied_units
+from dbllm_cli.fdb.scales import (
+    LevelKind,
+    keep_orientation,
+    project_scales,
+    round_scales,
+    tied_units,
+)
 from dbllm_cli.kernels import (
     can_round_latents,
     can_scale_planes,
@@ -208,8 +214,19 @@ class LatentLinear(TrainableLinear):
     def _planes(self, alpha: Tensor) -> Tensor:
         return pack_cells(self.latent, self._cells(alpha), self.group_size)
 
+    @torch.no_grad()
+    def project(self) -> None:
+        """As every layer's; fixed cells keep the order of their levels too."""
+        super().project()
+        if self.cells is not None:
+            upright = self.cells[0] + self.cells[1] >= 0
+            self.alpha.copy_(keep_orientation(self.alpha, upright))
+
     def _cells(self, alpha: Tensor) -> Tensor:
-        return alpha.detach() if self.cells is None else self.cells
+        if self.cells is None:
+            return alpha.detach()
+        # A group that lost its levels has no cells either.
+        return self.cells * ((alpha[0] != 0) | (alpha[1] != 0))
 
 
 class ScaleLinear(TrainableLinear):

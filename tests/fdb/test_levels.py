@@ -144,3 +144,12 @@ def test_a_clamped_weight_keeps_its_planes_where_two_levels_coincide(code: tuple
     planes = torch.tensor(code).bool().unsqueeze(-1).expand(2, 6)
     clamped = clamp_to_cells(weights, planes, _alpha(1.0, -1.0))
     assert torch.equal(assign_planes(clamped, _alpha(1.0, -1.0)), planes)
+
+
+def test_a_weight_clamped_into_a_narrow_outer_cell_still_gets_gradients() -> None:
+    # Levels -0.05, 0, 0.95 and 1.
+    alpha = _alpha(1.0, -0.05)
+    planes = torch.tensor([[1, 0], [0, 1]]).bool()
+    clamped = clamp_to_cells(torch.tensor([0.5, 0.5]), planes, alpha, margin=0.2)
+    assert clamped.tolist() == pytest.approx([0.975 + 0.2 * 0.05, -0.025 - 0.2 * 0.05])
+    assert straight_through_mask(clamped, sorted_levels(alpha)).all()

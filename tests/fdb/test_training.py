@@ -233,7 +233,89 @@ def test_training_can_start_away_from_the_borders_between_the_cells() -> None:
     alpha1, alpha2, beta = quantized.alpha.double().repeat_interleave(64, -1)[..., :172]
     levels = torch.stack((alpha2, alpha1 * 0, alpha1 + alpha2, alpha1)).sort(0).values + beta
     borders = (levels[1:] + levels[:-1]) / 2
-    distance = (start.double() - borders).abs().min(0).values
-    narrowest = (borders[1:] - borders[:-1]).min(0).values
-    assert (distance >= 0.199 * narrowest).all()
-    assert (distance < 0.201 * narrowest).any()
+    # An outer cell is as wide as the step between its level and the next.
+    below, above = borders[0] - (levels[1] - levels[0]), borders[2] + (levels[3] - levels[2])
+    edges = torch.stack((below, *borders, above))
+    cell = (start.double() > borders).sum(0, keepdim=True)
+    lower, upper = edges.gather(0, cell)[0], edges.gather(0, cell + 1)[0]
+    from_lower = ((start - lower) / (upper - lower)).masked_fill(cell[0] == 0, 1)
+    from_upper = ((upper - start) / (upper - lower)).masked_fill(cell[0] == 3, 1)
+    assert (torch.minimum(from_lower, from_upper) >= 0.199).all()
+    for number in range(4):
+        nearest = torch.minimum(from_lower, from_upper)[cell[0] == number].min()
+        assert nearest < 0.201, "none is moved farther than it must"
+
+
+def _with_dead_group(levels: LevelKind) -> LatentLinear:
+    layer = _in_fixed_cells(levels)
+    with torch.no_grad():
+        layer.alpha[:, 1, 2] = 0
+    return layer
+
+
+@pytest.mark.usefixtures("kernels_or_torch")
+@pytest.mark.parametrize("levels", ["plain", "offset"])
+def test_a_group_that_lost_its_scales_has_no_planes_and_trains_no_more(levels: LevelKind) -> None:
+    layer = _with_dead_group(levels)
+    layer(_normal(4, IN, seed=1)).square().sum().backward()
+    assert layer.alpha.grad is not None
+    assert not layer.alpha.grad[:, 1, 2].any()
+    assert layer.alpha.grad[:, 1, 1].any()
+    planes = unpack_planes(layer.quantize().weight, IN, torch.uint8)
+    assert not planes[:, 1, 2 * GROUP :].any()
+
+
+@pytest.mark.usefixtures("kernels_or_torch")
+@pytest.mark.parametrize("levels", ["plain", "offset"])
+def test_gradients_are_those_of_the_cells_where_scales_have_moved(levels: LevelKind) -> None:
+    layer = _in_fixed_cells(levels)
+    layer.rounds_scales = False
+    planes = unpack_planes(layer.quantize().weight, IN, torch.float64)
+    latent = layer.latent.detach().clone()
+    before = _weight_gradient(layer, _normal(5, IN, seed=1), _normal(5, OUT, seed=2))
+    assert layer.latent.grad is not None
+    passes = layer.latent.grad != 0
+    with torch.no_grad():
+        layer.alpha.mul_(1.5)
+    layer.zero_grad()
+    layer(_normal(5, IN, seed=1)).backward(_normal(5, OUT, seed=2))
+    assert torch.equal(layer.latent.detach(), latent)
+    assert torch.equal(layer.latent.grad != 0, passes)
+    expected = before.new_zeros(2, OUT, 3)
+    for column in range(IN):
+        expected[..., column // GROUP] += before[:, column] * planes[..., column]
+    assert layer.alpha.grad is not None
+    assert torch.allclose(layer.alpha.grad[:2].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scales_never_turn_the_order_of_the_levels_of_fixed_cells() -> None:
+    layer = _in_fixed_cells()
+    alpha1, alpha2 = layer.alpha.detach().clone()
+    upright = alpha1 + alpha2 >= 0
+    with torch.no_grad():
+        # Every group's sum gets the other sign.
+        layer.alpha[0], layer.alpha[1] = -alpha2, -alpha1
+    layer.project()
+    assert upright.any()
+    assert not upright.all()
+    middle = (alpha1 - alpha2) / 2
+    assert torch.allclose(layer.alpha, torch.stack((middle, -middle)))
+    moving = _latent()
+    with torch.no_grad():
+        moving.alpha[0], moving.alpha[1] = -alpha2, -alpha1
+    moving.project()
+    assert torch.equal(moving.alpha[0], -alpha2)
+
+
+def test_latent_weights_kept_for_stored_scales_give_the_stored_planes() -> None:
+    layer = _in_fixed_cells("offset")
+    with torch.no_grad():
+        layer.alpha.mul_(1.3)
+        layer.alpha[2] += 0.1
+        layer.latent.add_(0.05)
+    layer.project()
+    stored = layer.quantize()
+    kept = latent_start(stored, layer.latent.detach())
+    again = quantize_matrix(kept, stored.alpha, GROUP, "offset")
+    assert torch.equal(again.weight, stored.weight)
+    assert torch.equal(again.alpha, stored.alpha)

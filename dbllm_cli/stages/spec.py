@@ -112,7 +112,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "distill",
-            5,
+            6,
             configs.DistillConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",

@@ -16,7 +16,8 @@ _MARGIN = 0.2
 """Of a cell: how far from its borders latent weights start where cells are fixed.
 
 `reconstruct` leaves many at a border, where any gradient would turn them over. From farther away
-only gradients that agree over many steps do.
+only gradients that agree over many steps do. One beyond the bounds of the straight-through gradient
+stays out: brought back to them it was no better (stories260K, held-out 1.915 against 1.913).
 """
 
 

@@ -154,6 +154,12 @@ class ReconstructConfig(TrainConfig):
         description="2: the output of the next block, in full precision, is matched too, in about "
         "1.5 times the time",
     )
+    sensitivity_power: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="errors of a block's output count by its Fisher matrix to this power; 0: alike",
+    )
 
 
 class DistillConfig(TrainConfig):

@@ -198,3 +198,25 @@ def capture_calls(
             "dbllm reconstructs models whose forward calls every block in order; use distill",
         )
     return entering, calls
+
+
+def logits_after(model: PreTrainedModel, blocks: DecoderBlocks, hidden: Tensor) -> Tensor:
+    """Run what the model's own forward does after its blocks, which may be empty.
+
+    Args:
+        model: all outside the blocks loaded.
+        blocks: the model's blocks.
+        hidden: the last block's output `[batch, tokens, hidden]`.
+
+    Returns:
+        Logits `[batch, tokens, vocabulary]`, with gradients to `hidden`.
+    """
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    try:
+        for block in blocks.modules:
+            block.forward = lambda *_, **__: hidden
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        for block in blocks.modules:
+            del block.forward
+    return logits

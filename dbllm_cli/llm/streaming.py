@@ -39,6 +39,8 @@ class StreamedModel:
         for name, _ in self.model.named_parameters():
             if not name.startswith(inside) and name in tensors:
                 self._load(self.model, name, tensors.get(name))
+        # Loading puts new parameters in place of those that were tied.
+        self.model.tie_weights()
 
     def _load(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         if tensor.is_floating_point():

@@ -30,6 +30,7 @@ from dbllm_cli.stages.block_streams import (
     mean_error,
 )
 from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
+from dbllm_cli.stages.output_metric import keep_sensitivities, output_metric
 from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
@@ -40,11 +41,12 @@ _BATCHES_BEFORE = 4
 
 
 class _NextBlock(NamedTuple):
-    """The full-precision block after the one that trains, and its output in the teacher."""
+    """The full-precision block after the one that trains, its output in the teacher and metric."""
 
     place: int
     block: nn.Module
     targets: Tensor
+    metric: Tensor | None
 
     def run(self, model: StreamedModel, hidden: Tensor) -> Tensor:
         """Its output for a batch of what the block before it gives."""
@@ -95,6 +97,7 @@ class _BlockTraining:
 
     def train_all(self, sequences: Tensor) -> BlockReport:
         """Train every block that is not yet finished; errors before and after of each block."""
+        keep_sensitivities(self.config, self.model, sequences, self.ctx)
         streams, report = begin_streams(
             self.model,
             sequences,
@@ -158,7 +161,7 @@ class _BlockTraining:
         block = self.model.load_block(following)
         with autocast(self.ctx.device, self.config.compute_dtype):
             output = self.model.run_all(following, block, targets, self.config.batch_size)
-        return _NextBlock(following, block, output)
+        return _NextBlock(following, block, output, output_metric(self.config, following, self.ctx))
 
     def _error_before(
         self, index: int, block: nn.Module, entering: Tensor, targets: Tensor
@@ -223,13 +226,16 @@ class _BlockTraining:
             return
         optimizer = RelativeAdamW(layers, self.config.latent_lr, self.config.scale_lr)
         total, device = self.steps(len(entering)), self.ctx.device
+        metric = output_metric(self.config, index, self.ctx)
         for step, chosen in enumerate(self._batches(index, len(entering))):
             with autocast(self.ctx.device, self.config.compute_dtype):
                 output = self.model.run_block(index, block, entering[chosen].to(device))
                 beyond = following.run(self.model, output) if following else output
-            loss = relative_token_error(output, targets[chosen].to(device))
+            loss = relative_token_error(output, targets[chosen].to(device), metric)
             if following:
-                loss = loss + relative_token_error(beyond, following.targets[chosen].to(device))
+                loss = loss + relative_token_error(
+                    beyond, following.targets[chosen].to(device), following.metric
+                )
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise StageFailedError(

@@ -104,7 +104,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "reconstruct",
-            3,
+            4,
             configs.ReconstructConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",

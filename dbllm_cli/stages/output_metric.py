@@ -1,0 +1,56 @@
+"""How `reconstruct` weighs the errors of a block's output: by what they do to the predictions."""
+
+import math
+from pathlib import Path
+
+from torch import Tensor
+
+from dbllm_cli.configs import ReconstructConfig
+from dbllm_cli.fdb.losses import error_metric
+from dbllm_cli.llm.sensitivity import output_sensitivities
+from dbllm_cli.llm.streaming import StreamedModel
+from dbllm_cli.llm.tensors import TensorFolder, save_tensors
+from dbllm_cli.stages.spec import Context
+from dbllm_cli.stages.trained_layers import autocast
+
+_TOKENS = 16_384
+"""Enough for a matrix that only a root of is used; all blocks' outputs of them are in memory."""
+
+
+def keep_sensitivities(
+    config: ReconstructConfig, model: StreamedModel, sequences: Tensor, ctx: Context
+) -> None:
+    """Write the Fisher matrix of every block's output to the scratch, unless it is there.
+
+    Args:
+        config: without a `sensitivity_power` nothing is done.
+        model: the teacher.
+        sequences: int64 token ids `[n, tokens]`; the first ones are enough.
+        ctx: of the stage.
+    """
+    # The last block's comes first: with the first block's all are there.
+    if not config.sensitivity_power or _file(ctx.scratch, 0).is_file():
+        return
+    few = sequences[: math.ceil(_TOKENS / sequences.shape[1])]
+    with (
+        ctx.progress.task(
+            "sensitivity", 2 * len(few) * len(model.blocks), unit="sequences"
+        ) as task,
+        autocast(ctx.device, config.compute_dtype),
+    ):
+        for index, matrix in output_sensitivities(model, few, config.batch_size, config.seed, task):
+            path = _file(ctx.scratch, index)
+            save_tensors({"fisher": matrix}, path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
+
+
+def output_metric(config: ReconstructConfig, index: int, ctx: Context) -> Tensor | None:
+    """The metric of a block's output errors, float32 `[hidden, hidden]` on the device, or None."""
+    if not config.sensitivity_power:
+        return None
+    fisher = TensorFolder(ctx.scratch, _file(ctx.scratch, index).stem).get("fisher")
+    return error_metric(fisher.to(ctx.device), config.sensitivity_power)
+
+
+def _file(scratch: Path, index: int) -> Path:
+    return scratch / f"sensitivity-{index}.safetensors"

@@ -155,7 +155,7 @@ class ReconstructConfig(TrainConfig):
         "1.5 times the time",
     )
     sensitivity_power: float = Field(
-        0.5,
+        0.3,
         ge=0,
         le=1,
         description="errors of a block's output count by its Fisher matrix to this power; 0: alike",

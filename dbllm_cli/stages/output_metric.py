@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dbllm_cli.configs import ReconstructConfig
+from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.losses import error_metric
 from dbllm_cli.llm.sensitivity import output_sensitivities
 from dbllm_cli.llm.streaming import StreamedModel
@@ -27,6 +28,9 @@ def keep_sensitivities(
         model: the teacher.
         sequences: int64 token ids `[n, tokens]`; the first ones are enough.
         ctx: of the stage.
+
+    Raises:
+        StageFailedError: the teacher's gradients are not finite.
     """
     # The last block's comes first: with the first block's all are there.
     if not config.sensitivity_power or _file(ctx.scratch, 0).is_file():
@@ -39,6 +43,11 @@ def keep_sensitivities(
         autocast(ctx.device, config.compute_dtype),
     ):
         for index, matrix in output_sensitivities(model, few, config.batch_size, config.seed, task):
+            if not matrix.isfinite().all():
+                raise StageFailedError(
+                    f"reconstruct: the teacher's gradients at block {index} are not finite",
+                    "use --compute-dtype float32, or --sensitivity-power 0",
+                )
             path = _file(ctx.scratch, index)
             save_tensors({"fisher": matrix}, path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)

@@ -7,6 +7,10 @@ from safetensors.torch import load_file
 
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.llm.models import load_model
+from dbllm_cli.llm.sensitivity import output_sensitivities
+from dbllm_cli.llm.streaming import StreamedModel
+from dbllm_cli.progress import SilentProgress
+from dbllm_cli.stages import output_metric
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
 from tests.stages.conftest import KilledAndResumed
@@ -82,6 +86,50 @@ def test_a_window_of_two_blocks_serves_the_full_precision_block_after_it(
         exact, found = (hidden_after(model, ids, 1) for model in (teacher, mixed))
         errors.append(float(((found - exact).square().sum(-1) / exact.square().sum(-1)).mean()))
     assert errors[1] < errors[0]
+
+
+def fishers(folder: Path, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+    with SilentProgress().task("sensitivity", 1) as task:
+        return dict(output_sensitivities(StreamedModel(folder, "cpu"), ids, 3, 0, task))
+
+
+def test_errors_to_which_the_predictions_are_sensitive_become_smaller(
+    workshop: Workshop,
+    training: dict[str, Artifact],
+    llama_folder: Path,
+    calibration: Artifact,
+) -> None:
+    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
+    fisher = fishers(llama_folder, ids)[1]
+    teacher = hidden_after(load_model(llama_folder, torch.float32), ids, 1)
+    plain, weighed = [], []
+    for power in (0.0, 1.0):
+        fdb = workshop.make("reconstruct", training, **SETTINGS, sensitivity_power=power)
+        error = hidden_after(load_model(fdb.path, torch.float32), ids, 1) - teacher
+        error = error / teacher.norm(dim=-1, keepdim=True)
+        plain.append(float(error.square().sum()))
+        weighed.append(float(((error @ fisher) * error).sum()))
+    assert weighed[1] < 0.97 * weighed[0]
+    assert plain[1] > plain[0]
+
+
+def test_killed_among_the_sensitivities_it_ends_with_the_same_bytes(
+    killed_and_resumed: KilledAndResumed, training: dict[str, Artifact], reconstructed: Artifact
+) -> None:
+    resumed = killed_and_resumed(
+        "reconstruct", training, ".scratch/*/sensitivity-1.safetensors", **SETTINGS
+    )
+    assert resumed.digest == reconstructed.digest
+
+
+def test_gradients_of_the_teacher_that_are_no_numbers_end_the_stage(
+    fresh: Workshop, training: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = [(1, torch.full((2, 2), torch.nan))]
+    monkeypatch.setattr(output_metric, "output_sensitivities", lambda *_: nothing)
+    with pytest.raises(StageFailedError, match="gradients at block 1") as caught:
+        fresh.make("reconstruct", training, **SETTINGS)
+    assert "--sensitivity-power 0" in caught.value.hint
 
 
 def hidden_after(model: Any, ids: torch.Tensor, block: int) -> torch.Tensor:

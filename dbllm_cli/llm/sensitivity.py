@@ -37,7 +37,8 @@ def output_sensitivities(
     gradient = _gradient_of_predictions(model, states[-1], batch_size, seed)
     for index in reversed(range(len(model.blocks))):
         yield index, _mean_outer_product(gradient, states.pop(), model.device)
-        gradient = _gradient_before(model, index, states[-1], gradient, batch_size)
+        if index:
+            gradient = _gradient_before(model, index, states[-1], gradient, batch_size)
         task.advance(len(sequences))
 
 

@@ -13,8 +13,8 @@ from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.llm.streaming import StreamedModel
-from dbllm_cli.llm.tensors import TensorFolder, save_tensors
-from dbllm_cli.stages.resuming import last_checkpoint, save_checkpoint
+from dbllm_cli.llm.tensors import TensorFolder
+from dbllm_cli.stages.resuming import keep_tensors, last_checkpoint, save_checkpoint
 
 BlockReport = list[dict[str, float]]
 """The figures of every finished block."""
@@ -89,9 +89,7 @@ def keep_layers(
     tensors = {f"{name}.latent": latent for name, latent in (latents or {}).items()}
     for name, matrix in layers.items():
         tensors[f"{name}.weight"], tensors[f"{name}.alpha"] = matrix.weight, matrix.alpha
-    path = scratch / f"block-{index}.safetensors"
-    save_tensors(tensors, path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
+    keep_tensors(tensors, scratch / f"block-{index}.safetensors")
 
 
 def finished_layers(

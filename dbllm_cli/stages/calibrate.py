@@ -20,7 +20,7 @@ from dbllm_cli.llm.models import (
 )
 from dbllm_cli.llm.sampling import SamplingSettings, sample_sequences
 from dbllm_cli.llm.statistics import input_mean_squares
-from dbllm_cli.llm.tensors import TensorFolder, require_finite, save_tensors
+from dbllm_cli.llm.tensors import TensorFolder, require_finite
 from dbllm_cli.llm.text import (
     document_stream,
     leading_special_tokens,
@@ -29,7 +29,7 @@ from dbllm_cli.llm.text import (
     windows,
 )
 from dbllm_cli.stages.reading import text_source
-from dbllm_cli.stages.resuming import note_environment
+from dbllm_cli.stages.resuming import keep_tensors, note_environment
 from dbllm_cli.stages.sequences import Calibration
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact
@@ -94,8 +94,7 @@ def _generate(
                 count = min(config.batch_size, needed - start)
                 seed = config.seed * 1_000_003 + start
                 ids = sample_sequences(model, prefix, count, settings, seed, task)
-                save_tensors({"ids": ids.to(torch.int32)}, path.with_suffix(".part"))
-                path.with_suffix(".part").rename(path)
+                keep_tensors({"ids": ids.to(torch.int32)}, path)
             batches.append(TensorFolder(ctx.scratch, path.stem).get("ids").to(torch.int64))
     return torch.cat(batches)
 

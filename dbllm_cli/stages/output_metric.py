@@ -10,7 +10,8 @@ from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.losses import error_metric
 from dbllm_cli.llm.sensitivity import output_sensitivities
 from dbllm_cli.llm.streaming import StreamedModel
-from dbllm_cli.llm.tensors import TensorFolder, save_tensors
+from dbllm_cli.llm.tensors import TensorFolder
+from dbllm_cli.stages.resuming import keep_tensors
 from dbllm_cli.stages.spec import Context
 from dbllm_cli.stages.trained_layers import autocast
 
@@ -18,10 +19,10 @@ _TOKENS = 16_384
 """Enough for a matrix that only a root of is used; all blocks' outputs of them are in memory."""
 
 
-def keep_sensitivities(
+def keep_metrics(
     config: ReconstructConfig, model: StreamedModel, sequences: Tensor, ctx: Context
 ) -> None:
-    """Write the Fisher matrix of every block's output to the scratch, unless it is there.
+    """Write the metric of every block's output errors to the scratch, unless it is there.
 
     Args:
         config: without a `sensitivity_power` nothing is done.
@@ -48,18 +49,17 @@ def keep_sensitivities(
                     f"reconstruct: the teacher's gradients at block {index} are not finite",
                     "use --compute-dtype float32, or --sensitivity-power 0",
                 )
-            path = _file(ctx.scratch, index)
-            save_tensors({"fisher": matrix}, path.with_suffix(".part"))
-            path.with_suffix(".part").rename(path)
+            with autocast(ctx.device, "float32"):
+                metric = error_metric(matrix.to(ctx.device), config.sensitivity_power)
+            keep_tensors({"metric": metric}, _file(ctx.scratch, index))
 
 
 def output_metric(config: ReconstructConfig, index: int, ctx: Context) -> Tensor | None:
     """The metric of a block's output errors, float32 `[hidden, hidden]` on the device, or None."""
     if not config.sensitivity_power:
         return None
-    fisher = TensorFolder(ctx.scratch, _file(ctx.scratch, index).stem).get("fisher")
-    return error_metric(fisher.to(ctx.device), config.sensitivity_power)
+    return TensorFolder(ctx.scratch, _file(ctx.scratch, index).stem).get("metric").to(ctx.device)
 
 
 def _file(scratch: Path, index: int) -> Path:
-    return scratch / f"sensitivity-{index}.safetensors"
+    return scratch / f"metric-{index}.safetensors"

@@ -30,7 +30,7 @@ from dbllm_cli.stages.block_streams import (
     mean_error,
 )
 from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
-from dbllm_cli.stages.output_metric import keep_sensitivities, output_metric
+from dbllm_cli.stages.output_metric import keep_metrics, output_metric
 from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
@@ -97,7 +97,7 @@ class _BlockTraining:
 
     def train_all(self, sequences: Tensor) -> BlockReport:
         """Train every block that is not yet finished; errors before and after of each block."""
-        keep_sensitivities(self.config, self.model, sequences, self.ctx)
+        keep_metrics(self.config, self.model, sequences, self.ctx)
         streams, report = begin_streams(
             self.model,
             sequences,

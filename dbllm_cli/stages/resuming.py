@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -34,6 +35,12 @@ def note_environment(scratch: Path, device: str, progress: Progress) -> None:
             progress.note(f"resuming under another {', '.join(changed)}: the result is inexact")
     else:
         path.write_text(json.dumps(here))
+
+
+def keep_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file to the scratch, whole or not at all."""
+    save_tensors(tensors, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
 
 
 def save_checkpoint(

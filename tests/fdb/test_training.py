@@ -201,17 +201,12 @@ def test_a_group_whose_scales_are_zero_stays_zero_in_training() -> None:
     assert not layer.alpha.grad[:, 0, 0].any()
 
 
-def _with_dead_group(levels: LevelKind) -> LatentLinear:
-    layer = _in_fixed_cells(levels)
-    with torch.no_grad():
-        layer.alpha[:, 1, 2] = 0
-    return layer
-
-
 @pytest.mark.usefixtures("kernels_or_torch")
 @pytest.mark.parametrize("levels", ["plain", "offset"])
 def test_a_group_that_lost_its_scales_has_no_planes_and_trains_no_more(levels: LevelKind) -> None:
-    layer = _with_dead_group(levels)
+    layer = _in_fixed_cells(levels)
+    with torch.no_grad():
+        layer.alpha[:, 1, 2] = 0
     layer(_normal(4, IN, seed=1)).square().sum().backward()
     assert layer.alpha.grad is not None
     assert not layer.alpha.grad[:, 1, 2].any()

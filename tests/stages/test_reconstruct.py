@@ -25,6 +25,12 @@ def reconstructed(workshop: Workshop, training: dict[str, Artifact]) -> Artifact
     return workshop.make("reconstruct", training, **SETTINGS)
 
 
+@pytest.fixture
+def ids(calibration: Artifact) -> torch.Tensor:
+    """The sequences that are trained on."""
+    return load_file(calibration.path / "tokens.safetensors")["train"].long()
+
+
 def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.path / "model.safetensors")
 
@@ -49,9 +55,8 @@ def block_errors(fdb: Artifact, folder: Path, ids: torch.Tensor) -> list[float]:
 
 
 def test_every_blocks_output_comes_nearer_to_the_teachers(
-    reconstructed: Artifact, start: Artifact, llama_folder: Path, calibration: Artifact
+    reconstructed: Artifact, start: Artifact, llama_folder: Path, ids: torch.Tensor
 ) -> None:
-    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
     before = block_errors(start, llama_folder, ids)
     after = block_errors(reconstructed, llama_folder, ids)
     assert all(new < 0.9 * old for new, old in zip(after, before, strict=True))
@@ -61,10 +66,9 @@ def test_the_errors_that_it_tells_are_those_of_the_stored_model(
     workshop: Workshop,
     training: dict[str, Artifact],
     llama_folder: Path,
-    calibration: Artifact,
+    ids: torch.Tensor,
 ) -> None:
     outcome = workshop.run("reconstruct", training, **SETTINGS)
-    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
     errors = block_errors(outcome.artifact, llama_folder, ids)
     told = [block["error_after"] for block in outcome.metrics["blocks"]]
     assert told == pytest.approx(errors, rel=0.02)
@@ -75,9 +79,8 @@ def test_a_window_of_two_blocks_serves_the_full_precision_block_after_it(
     workshop: Workshop,
     training: dict[str, Artifact],
     llama_folder: Path,
-    calibration: Artifact,
+    ids: torch.Tensor,
 ) -> None:
-    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
     errors = []
     for window in (1, 2):
         fdb = workshop.make("reconstruct", training, **SETTINGS, window=window)
@@ -97,9 +100,8 @@ def test_errors_to_which_the_predictions_are_sensitive_become_smaller(
     workshop: Workshop,
     training: dict[str, Artifact],
     llama_folder: Path,
-    calibration: Artifact,
+    ids: torch.Tensor,
 ) -> None:
-    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
     fisher = fishers(llama_folder, ids)[1]
     teacher = hidden_after(load_model(llama_folder, torch.float32), ids, 1)
     plain, weighed = [], []
@@ -113,11 +115,11 @@ def test_errors_to_which_the_predictions_are_sensitive_become_smaller(
     assert plain[1] > plain[0]
 
 
-def test_killed_among_the_sensitivities_it_ends_with_the_same_bytes(
+def test_killed_among_the_metrics_it_ends_with_the_same_bytes(
     killed_and_resumed: KilledAndResumed, training: dict[str, Artifact], reconstructed: Artifact
 ) -> None:
     resumed = killed_and_resumed(
-        "reconstruct", training, ".scratch/*/sensitivity-1.safetensors", **SETTINGS
+        "reconstruct", training, ".scratch/*/metric-1.safetensors", **SETTINGS
     )
     assert resumed.digest == reconstructed.digest
 
@@ -145,11 +147,10 @@ def test_a_student_with_embeddings_of_its_own_is_trained_on_what_they_give(
     workshop: Workshop,
     training: dict[str, Artifact],
     llama_folder: Path,
-    calibration: Artifact,
+    ids: torch.Tensor,
 ) -> None:
     fast = {"steps": 6, "warmup_steps": 0, "unquantized_lr": 0.1, "eval_every": 6}
     student = workshop.make("distill", training, **fast)
-    ids = load_file(calibration.path / "tokens.safetensors")["train"].long()
     outcome = workshop.run("reconstruct", training | {"student": student}, **ALMOST_STILL)
     errors = block_errors(outcome.artifact, llama_folder, ids)
     told = [block["error_after"] for block in outcome.metrics["blocks"]]

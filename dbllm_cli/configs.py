@@ -154,6 +154,12 @@ class ReconstructConfig(TrainConfig):
         description="2: the output of the next block, in full precision, is matched too, in about "
         "1.5 times the time",
     )
+    latent_decay: float = Field(
+        1.2,
+        ge=0,
+        description="latent weights go back towards where they start by this share of the way, "
+        "divided by the steps and times the schedule, in every step",
+    )
     sensitivity_power: float = Field(
         0.3,
         ge=0,

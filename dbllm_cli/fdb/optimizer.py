@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class RelativeAdamW:
         scale_lr: relative rate of scales.
         others: name -> parameter outside the layers; their rates are times their mean magnitude.
         others_lr: relative rate of these.
+        latent_decay: share of the way back to where they start that latent weights go in every
+            step (decoupled weight decay as AdamW's, but towards the start: L2-SP, Li et al. 2018).
+            The start is not part of `state_tensors`.
     """
 
     def __init__(
@@ -47,8 +51,15 @@ class RelativeAdamW:
         scale_lr: float,
         others: Mapping[str, Tensor] | None = None,
         others_lr: float = 0.0,
+        latent_decay: float = 0.0,
     ) -> None:
         self._layers = dict(layers)
+        self._latent_decay = latent_decay
+        self._starts = {
+            name: layer.latent.detach().clone()
+            for name, layer in layers.items()
+            if latent_decay and isinstance(layer, LatentLinear)
+        }
         groups = []
         for name, layer in layers.items():
             size = float(layer.alpha[0].detach().abs().mean())
@@ -71,10 +82,16 @@ class RelativeAdamW:
         """One step at `factor` times the base rates; then the scales get their signs back."""
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
+        self._decay_latents(min(1.0, self._latent_decay * factor))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         for layer in self._layers.values():
             layer.project()
+
+    @torch.no_grad()
+    def _decay_latents(self, share: float) -> None:
+        for name, start in self._starts.items():
+            cast(LatentLinear, self._layers[name]).latent.lerp_(start, share)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Parameters and moments by name, to save."""

@@ -24,6 +24,7 @@ class Recorder:
         self._device = device
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
+        self._processor_clock = time.process_time()
         forget_peak()
 
     @property
@@ -36,6 +37,7 @@ class Recorder:
         return {
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round(self.seconds, 3),
+            "processor_seconds": round(time.process_time() - self._processor_clock, 3),
             "peak_memory_mib": round(peak_memory_mib(), 1),
             **_device_memory(self._device),
             "versions": {

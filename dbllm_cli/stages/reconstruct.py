@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from dbllm_cli.configs import ReconstructConfig
 from dbllm_cli.errors import StageFailedError
-from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.losses import relative_token_error
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
+from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import LatentLinear
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
 from dbllm_cli.llm.models import model_folder
@@ -133,7 +133,7 @@ class _BlockTraining:
             self.model.drop_block(following.place)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
         for name, layer in layers.items():
-            replace_module(block, name, FdbLinear.holding(quantized[name], layer.bias))
+            replace_module(block, name, self._frozen(quantized[name], layer.bias))
         with autocast(self.ctx.device, self.config.compute_dtype):
             output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
         after = mean_error(output, targets, batch_size)
@@ -197,6 +197,15 @@ class _BlockTraining:
                 parameter.data.copy_(self.student.tensors.get(f"{prefix}.{name}"))
         return block, layers
 
+    def _frozen(self, quantized: QuantizedMatrix, bias: Tensor | None) -> nn.Linear:
+        """The quantized layer as a dense one: nothing of it changes from batch to batch."""
+        dtype = getattr(torch, self.config.compute_dtype)
+        linear = nn.Linear(quantized.in_features, len(quantized.weight[0]), bias is not None)
+        linear.weight = nn.Parameter(quantized.dense(dtype), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+        return linear
+
     def _student_bias(self, name: str) -> Tensor | None:
         stored = f"{name}.bias"
         if stored not in self.student.tensors:
@@ -224,8 +233,13 @@ class _BlockTraining:
         """Train the layers."""
         if not layers:
             return
-        optimizer = RelativeAdamW(layers, self.config.latent_lr, self.config.scale_lr)
         total, device = self.steps(len(entering)), self.ctx.device
+        optimizer = RelativeAdamW(
+            layers,
+            self.config.latent_lr,
+            self.config.scale_lr,
+            latent_decay=self.config.latent_decay / total,
+        )
         metric = output_metric(self.config, index, self.ctx)
         for step, chosen in enumerate(self._batches(index, len(entering))):
             with autocast(self.ctx.device, self.config.compute_dtype):

@@ -115,6 +115,29 @@ def test_a_step_brings_scales_back_to_their_signs_and_clears_gradients() -> None
     assert all(parameter.grad is None for parameter in optimizer.parameters())
 
 
+def test_latent_weights_decay_towards_where_they_started_and_scales_do_not() -> None:
+    layers = _layers((1.0,))
+    size = float(layers["layer0"].alpha[0].detach().abs().mean())
+    starts = [value.double() for value in _values(layers)]
+    expected = [start.clone() for start in starts]
+    moments = [(torch.zeros_like(start), torch.zeros_like(start)) for start in starts]
+    optimizer = RelativeAdamW(layers, LATENT_LR, SCALE_LR, latent_decay=0.1)
+    for step, factor in enumerate((1.0, 0.8, 0.6, 0.4), 1):
+        _backward(layers, step)
+        for number, (rate, decay) in enumerate(((SCALE_LR, 0.0), (LATENT_LR, 0.1))):
+            gradient = optimizer.parameters()[number].grad
+            assert gradient is not None
+            first, second = moments[number]
+            first.mul_(0.9).add_(0.1 * gradient.double())
+            second.mul_(0.95).add_(0.05 * gradient.double() ** 2)
+            adam = first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-12)
+            expected[number] += factor * decay * (starts[number] - expected[number])
+            expected[number] -= factor * rate * size * adam
+        optimizer.step(factor)
+    for ours, theirs in zip(_values(layers), expected, strict=True):
+        assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_scales_alone_train_without_latent_weights() -> None:
     latent = _layers((1.0,))["layer0"]
     optimizer = RelativeAdamW({"only": ScaleLinear(latent.quantize(), None)}, 1.0, 1.0)

@@ -8,8 +8,8 @@ MODEL is a folder with safetensors, CALIBRATION an artifact: every peer gets its
 installed into its own venv under WORK and run by peer_quantizer.py; what is there is not made anew.
 All are evaluated by the same `dbllm eval-ppl` and, with the extra `eval`, `dbllm eval-tasks`. Each
 row is written to ROWS/NAME.json with the loss of every window and the score of every item, so that
-peer_table.py can pair it with rows of other days. Seconds are of one core; ours are those of every
-stage from the calibration on.
+peer_table.py can pair it with rows of other days. Seconds are of the processor; ours are those of
+every stage from the calibration on.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def our_figures(path: Path) -> dict[str, Any]:
     bits = metrics.get("bits_per_quantized_weight", metrics.get("bits_per_weight"))
     return {
         "bits": bits,
-        "seconds": sum(step["seconds"] * step["threads"] for step in steps),
+        "seconds": sum(step["processor_seconds"] for step in steps),
         "peak_gib": max(step["peak_memory_mib"] for step in steps) / 1024,
         "processor": steps[0]["processor"],
     }

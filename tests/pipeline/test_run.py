@@ -66,6 +66,7 @@ def test_how_it_was_made_is_kept_beside_it(gather: Run, ran: list[str]) -> None:
     assert provenance["device"] == "cpu"
     assert provenance["peak_memory_mib"] > 1
     assert provenance["seconds"] >= 0
+    assert provenance["processor_seconds"] >= 0
     assert set(provenance["versions"]) == {"python", "dbllm", "torch", "transformers", "lm_eval"}
 
 

@@ -91,6 +91,18 @@ def test_a_window_of_two_blocks_serves_the_full_precision_block_after_it(
     assert errors[1] < errors[0]
 
 
+def test_latent_decay_leaves_more_weights_in_the_cells_where_they_start(
+    workshop: Workshop, training: dict[str, Artifact], start: Artifact
+) -> None:
+    before = tensors_of(start)
+    moved = []
+    for decay in (0.0, 1.2, 30.0):
+        after = tensors_of(workshop.make("reconstruct", training, **SETTINGS, latent_decay=decay))
+        planes = [name for name in before if before[name].dtype == torch.uint8]
+        moved.append(sum(int((before[name] != after[name]).sum()) for name in planes))
+    assert moved[0] > 1.1 * moved[1] > 1.1 * moved[2] > 0
+
+
 def fishers(folder: Path, ids: torch.Tensor) -> dict[int, torch.Tensor]:
     with SilentProgress().task("sensitivity", 1) as task:
         return dict(output_sensitivities(StreamedModel(folder, "cpu"), ids, 3, 0, task))
@@ -105,8 +117,9 @@ def test_errors_to_which_the_predictions_are_sensitive_become_smaller(
     fisher = fishers(llama_folder, ids)[1]
     teacher = hidden_after(load_model(llama_folder, torch.float32), ids, 1)
     plain, weighed = [], []
+    freely = SETTINGS | {"latent_decay": 0.0}
     for power in (0.0, 1.0):
-        fdb = workshop.make("reconstruct", training, **SETTINGS, sensitivity_power=power)
+        fdb = workshop.make("reconstruct", training, **freely, sensitivity_power=power)
         error = hidden_after(load_model(fdb.path, torch.float32), ids, 1) - teacher
         error = error / teacher.norm(dim=-1, keepdim=True)
         plain.append(float(error.square().sum()))

@@ -200,7 +200,8 @@ class _BlockTraining:
     def _frozen(self, quantized: QuantizedMatrix, bias: Tensor | None) -> nn.Linear:
         """The quantized layer as a dense one: nothing of it changes from batch to batch."""
         dtype = getattr(torch, self.config.compute_dtype)
-        linear = nn.Linear(quantized.in_features, len(quantized.weight[0]), bias is not None)
+        shape = quantized.in_features, quantized.weight.shape[1]
+        linear = nn.Linear(*shape, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(quantized.dense(dtype), requires_grad=False)
         if bias is not None:
             linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)

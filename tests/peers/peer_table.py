@@ -12,11 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dbllm_cli.stages.comparison import (
-    EvalResult,
-    accuracy,
-    paired_difference,
-)
+from dbllm_cli.stages.comparison import EvalResult, accuracy, paired_difference
 
 OURS = "dbllm"
 
@@ -26,9 +22,13 @@ def main() -> None:
     parser.add_argument("rows", type=Path, help="folder of the rows")
     options = parser.parse_args()
     rows = {path.stem: json.loads(path.read_text()) for path in options.rows.glob("*.json")}
-    ordered = sorted(rows, key=lambda name: (rows[name].get("bits", math.inf), name), reverse=True)
-    names = sorted(ordered, key=lambda name: (near(name, rows) or "", not name.startswith(OURS)))
+    names = sorted(rows, key=lambda name: place(name, rows))
     print(perplexity_table(names, rows), accuracy_table(names, rows), sep="\n\n")
+
+
+def place(name: str, rows: dict[str, dict[str, Any]]) -> tuple[str, bool, float]:
+    """The teacher first; then each of dbllm's rows with those beside it, most bits first."""
+    return near(name, rows) or "", not name.startswith(OURS), -rows[name].get("bits", math.inf)
 
 
 def near(name: str, rows: dict[str, dict[str, Any]]) -> str | None:
@@ -58,8 +58,8 @@ def perplexity_table(names: list[str], rows: dict[str, dict[str, Any]]) -> str:
 
 
 def read(fields: dict[str, Any]) -> EvalResult:
-    losses, tokens = tuple(fields.pop("losses")), tuple(fields.pop("tokens"))
-    return EvalResult(**fields, losses=losses, tokens=tokens)
+    tuples = {name: tuple(fields[name]) for name in ("losses", "tokens")}
+    return EvalResult(**fields | tuples)
 
 
 def accuracy_table(names: list[str], rows: dict[str, dict[str, Any]]) -> str:
@@ -70,7 +70,7 @@ def accuracy_table(names: list[str], rows: dict[str, dict[str, Any]]) -> str:
         scores = rows[name]["tasks"]["scores"]
         each = [accuracy(scores[task]["acc"]) for task in tasks]
         mean = math.fsum(value for value, _ in each) / len(each)
-        error = math.sqrt(math.fsum(error**2 for _, error in each)) / len(each)
+        error = math.hypot(*(error for _, error in each)) / len(each)
         cells = [f"{value:.3f} ± {error:.3f}" for value, error in (*each, (mean, error))]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -191,23 +191,6 @@ class FdbLinear(nn.Module):
                 "load the model from its folder, or see dbllm doctor",
             )
 
-    @classmethod
-    def holding(cls, quantized: QuantizedMatrix, bias: Tensor | None) -> Self:
-        """A layer with these planes and scales, and a frozen bias."""
-        _, out_features, _ = quantized.weight.shape
-        layer = cls(
-            quantized.in_features,
-            out_features,
-            quantized.group_size,
-            device="meta",
-            levels=quantized.levels,
-        )
-        layer.weight, layer.alpha = quantized.weight, quantized.alpha
-        layer.row_exponent, layer._lacking = None, set()
-        if bias is not None:
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-        return layer
-
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         shape = f"{self.in_features}, {self.out_features}, group_size={self.group_size}"

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.compensation import Compensated, quantize_compensated
-from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
 from dbllm_cli.llm.layer_inputs import layers_by_input, weighted_gram
@@ -34,7 +33,7 @@ from dbllm_cli.stages.block_streams import (
 )
 from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.spec import Context
-from dbllm_cli.stages.trained_layers import autocast, replace_module
+from dbllm_cli.stages.trained_layers import autocast, dense_layer, replace_module
 
 
 class GptqStart:
@@ -135,7 +134,8 @@ class GptqStart:
                 module = block.get_submodule(name)
                 layers[name] = _quantize(f"{prefix}.{name}", module, gram, self.config)
                 bias = cast("Tensor | None", getattr(module, "bias", None))
-                replace_module(block, name, FdbLinear.holding(layers[name].quantized, bias))
+                dense = dense_layer(layers[name].quantized, bias, self.config.compute_dtype)
+                replace_module(block, name, dense)
         return layers
 
     def _in_order(

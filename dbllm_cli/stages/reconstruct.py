@@ -13,7 +13,6 @@ from dbllm_cli.configs import ReconstructConfig
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.losses import relative_token_error
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
-from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import LatentLinear
 from dbllm_cli.llm.blocks import layer_shape, matrix_of
 from dbllm_cli.llm.models import model_folder
@@ -34,7 +33,7 @@ from dbllm_cli.stages.output_metric import keep_metrics, output_metric
 from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
-from dbllm_cli.stages.trained_layers import autocast, latent_layer, replace_module
+from dbllm_cli.stages.trained_layers import autocast, dense_layer, latent_layer, replace_module
 from dbllm_cli.store import Artifact
 
 _BATCHES_BEFORE = 4
@@ -133,7 +132,8 @@ class _BlockTraining:
             self.model.drop_block(following.place)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
         for name, layer in layers.items():
-            replace_module(block, name, self._frozen(quantized[name], layer.bias))
+            dense = dense_layer(quantized[name], layer.bias, self.config.compute_dtype)
+            replace_module(block, name, dense)
         with autocast(self.ctx.device, self.config.compute_dtype):
             output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
         after = mean_error(output, targets, batch_size)
@@ -196,16 +196,6 @@ class _BlockTraining:
             if name not in own and f"{prefix}.{name}" in self.student.tensors:
                 parameter.data.copy_(self.student.tensors.get(f"{prefix}.{name}"))
         return block, layers
-
-    def _frozen(self, quantized: QuantizedMatrix, bias: Tensor | None) -> nn.Linear:
-        """The quantized layer as a dense one: nothing of it changes from batch to batch."""
-        dtype = getattr(torch, self.config.compute_dtype)
-        shape = quantized.in_features, quantized.weight.shape[1]
-        linear = nn.Linear(*shape, bias=bias is not None, device="meta")
-        linear.weight = nn.Parameter(quantized.dense(dtype), requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-        return linear
 
     def _student_bias(self, name: str) -> Tensor | None:
         stored = f"{name}.bias"

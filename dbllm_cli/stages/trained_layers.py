@@ -1,4 +1,4 @@
-"""The layers that the two training stages train, put in place of a block's linear layers."""
+"""Layers that train, and those that are finished, in the place of a block's linear layers."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -47,6 +47,23 @@ def latent_layer(
     if fixed_cells:
         latent = latent_start(on_device, latent, _MARGIN)
     return LatentLinear(on_device, latent, bias, fixed_cells)
+
+
+def dense_layer(quantized: QuantizedMatrix, bias: Tensor | None, compute_dtype: str) -> nn.Linear:
+    """A layer that is finished, as a dense one: nothing of it changes from batch to batch.
+
+    Args:
+        quantized: its planes and scales.
+        bias: its bias, or None.
+        compute_dtype: torch's name of the dtype of its products.
+    """
+    dtype = getattr(torch, compute_dtype)
+    shape = quantized.in_features, quantized.weight.shape[1]
+    layer = nn.Linear(*shape, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(quantized.dense(dtype), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return layer
 
 
 def autocast(device: str, compute_dtype: str) -> torch.autocast:

@@ -7,8 +7,8 @@ from torch import Tensor
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.linear import FdbLinear
-from dbllm_cli.fdb.quantized import quantize_matrix
-from dbllm_cli.fdb.scales import LevelKind
+from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
+from dbllm_cli.fdb.scales import LevelKind, stored_scales
 from dbllm_cli.kernels import cpu_kernels, dequantize
 
 
@@ -17,8 +17,7 @@ def _layer(bias: bool = True, in_features: int = 172) -> FdbLinear:
     matrix = torch.randn(5, in_features, generator=generator)
     quantized = quantize_matrix(matrix, fit_scales(matrix, 64, "als"), 64)
     layer = FdbLinear(in_features, 5, 64, bias)
-    layer.weight.copy_(quantized.weight)
-    layer.alpha.copy_(quantized.alpha)
+    layer.load_state_dict(_stored(quantized), strict=False)
     if layer.bias is not None:
         torch.nn.init.normal_(layer.bias, generator=generator)
     return layer
@@ -62,9 +61,13 @@ def test_the_state_holds_weight_alpha_and_bias_under_the_names_that_models_store
     }
 
 
-def test_a_layer_on_the_meta_device_can_be_made_and_run() -> None:
+def test_a_layer_on_the_meta_device_can_be_made_and_run_and_is_not_tiled() -> None:
     layer = FdbLinear(172, 5, 64, device="meta")
-    assert layer(torch.empty(2, 172, device="meta")).shape == (2, 5)
+    for _ in range(2):
+        assert layer(torch.empty(2, 172, device="meta")).shape == (2, 5)
+        layer.use_cpu_kernels()
+        assert layer.tiles is None
+        assert layer.weight.device.type == "meta"
 
 
 # -- other levels ----------------------------------------------------------------------------------
@@ -75,6 +78,12 @@ _STORED = {
 }
 
 
+def _stored(quantized: QuantizedMatrix) -> dict[str, Tensor]:
+    alpha, exponents = stored_scales(quantized.alpha, quantized.levels)
+    stored = {"weight": quantized.weight, "alpha": alpha}
+    return stored if exponents is None else stored | {"row_exponent": exponents}
+
+
 @pytest.mark.parametrize("levels", ["tied", "offset"])
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
@@ -83,9 +92,7 @@ def test_a_layer_runs_on_stored_scales_and_saves_what_it_read(
 ) -> None:
     matrix = torch.randn(5, 172, generator=torch.Generator().manual_seed(0))
     quantized = quantize_matrix(matrix, fit_scales(matrix, 64, "als", levels=levels), 64, levels)
-    stored = FdbLinear.holding(quantized, None).state_dict()
-    assert {name: tensor.dtype for name, tensor in stored.items()} == _STORED[levels]
-    assert stored["alpha"].shape == (1, 5, 3)
+    stored = _stored(quantized)
     dense = dequantize(quantized.weight, quantized.alpha, 172, 64, torch.float32)
     layer = FdbLinear(172, 5, 64, levels=levels)
     layer.load_state_dict(stored)
@@ -97,9 +104,8 @@ def test_a_layer_runs_on_stored_scales_and_saves_what_it_read(
     layer.load_state_dict({}, strict=False)
     assert torch.allclose(layer(x), x @ dense.t(), rtol=1e-3, atol=1e-3)
     again = layer.state_dict()
-    assert again.keys() == stored.keys()
+    assert {name: tensor.dtype for name, tensor in again.items()} == _STORED[levels]
     for name, tensor in stored.items():
-        assert again[name].dtype == tensor.dtype
         assert torch.equal(again[name], tensor), name
 
 
@@ -111,8 +117,9 @@ def test_codes_and_exponents_may_come_from_two_shards(first: str, tiled: bool) -
         quantize_matrix(m, fit_scales(m, 64, "als", levels="offset"), 64, "offset")
         for m in (matrix, other * 100)
     )
-    stored = FdbLinear.holding(quantized, None).state_dict()
-    fresh, used = FdbLinear(172, 5, 64, levels="offset"), FdbLinear.holding(before, None)
+    stored = _stored(quantized)
+    fresh, used = (FdbLinear(172, 5, 64, levels="offset") for _ in range(2))
+    used.load_state_dict(_stored(before))
     if tiled:
         used.use_cpu_kernels()
     for layer in (fresh, used):
@@ -224,13 +231,6 @@ def test_on_another_device_a_tiled_layer_has_planes_and_scales_again() -> None:
     assert (layer.alpha.shape, layer.alpha.dtype) == ((2, 5, 3), torch.float16)
     assert {t.device.type for t in (layer.weight, layer.alpha, layer.bias)} == {"meta"}
     assert layer(torch.empty(2, 172, device="meta")).shape == (2, 5)
-
-
-def test_a_layer_on_the_meta_device_is_left_as_it_was() -> None:
-    layer = FdbLinear(172, 5, 64, device="meta")
-    layer.use_cpu_kernels()
-    assert layer.tiles is None
-    assert layer.weight.device.type == "meta"
 
 
 def test_a_group_size_without_a_kernel_leaves_the_layer_as_it_was() -> None:

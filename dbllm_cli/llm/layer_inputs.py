@@ -73,9 +73,7 @@ def weighted_gram(
         x = args[0].to(torch.float32).flatten(0, -2)
         if len(x) == own.numel():
             x = x * own.flatten().sqrt().unsqueeze(-1)
-        # Under autocast the sums would be bfloat16.
-        with torch.autocast(device.type, enabled=False):
-            gram.addmm_(x.T, x)
+        gram.addmm_(x.T, x)
         raise _Reached
 
     handle = layer.register_forward_pre_hook(add)

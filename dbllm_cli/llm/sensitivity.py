@@ -43,10 +43,10 @@ def output_sensitivities(
 
 
 def _mean_outer_product(gradient: Tensor, output: Tensor, device: str) -> Tensor:
-    """Of the gradients to hidden states over their norms; in float32, whatever the autocast."""
-    weighted = (gradient * output.norm(dim=-1, keepdim=True)).flatten(0, 1).to(device)
-    with torch.autocast(weighted.device.type, enabled=False):
-        mean: Tensor = weighted.t() @ weighted / len(weighted)
+    """Of the gradients to hidden states over their norms, in float32."""
+    norms = output.to(torch.float32).norm(dim=-1, keepdim=True)
+    weighted = (gradient.to(torch.float32) * norms).flatten(0, 1).to(device)
+    mean: Tensor = weighted.t() @ weighted / len(weighted)
     return mean.cpu()
 
 

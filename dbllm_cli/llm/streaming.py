@@ -8,7 +8,13 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.llm.blocks import BlockCall, capture_calls, find_blocks, same_arguments
+from dbllm_cli.llm.blocks import (
+    BlockCall,
+    capture_calls,
+    find_blocks,
+    matrix_of,
+    same_arguments,
+)
 from dbllm_cli.llm.models import empty_model, load_config, require_device
 from dbllm_cli.llm.tensors import TensorFolder
 
@@ -20,12 +26,19 @@ class StreamedModel:
         folder: safetensors under module names.
         device: where blocks run.
         trust_remote_code: let transformers run code that comes with the model.
+        dtype: of the model and of the hidden states between its blocks.
     """
 
-    def __init__(self, folder: Path, device: str, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         require_device(device)
         self.tensors = TensorFolder(folder)
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.model = empty_model(load_config(folder, trust_remote_code), trust_remote_code)
         self.blocks = find_blocks(self.model)
         self._calls: dict[int, list[BlockCall]] = {}
@@ -44,15 +57,20 @@ class StreamedModel:
 
     def _load(self, module: nn.Module, name: str, tensor: Tensor) -> None:
         if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32)
+            tensor = tensor.to(self.dtype)
         set_module_tensor_to_device(module, name, self.device, value=tensor, dtype=tensor.dtype)
 
     def load_block(self, index: int) -> nn.Module:
-        """A block with its weights, float32, on the device."""
+        """A block with its weights, in the model's dtype, on the device."""
         block = self.blocks.modules[index]
         for name in list(block.state_dict()):
             self._load(block, name, self.tensors.get(f"{self.blocks.name(index)}.{name}"))
         return block.requires_grad_(False)
+
+    def matrix(self, name: str) -> Tensor:
+        """A linear layer's weights as they are stored, float32 `[out, in]` on the device."""
+        stored = self.tensors.get(f"{name}.weight").to(self.device, torch.float32)
+        return matrix_of(self.model.get_submodule(name), stored)
 
     def drop_block(self, index: int) -> None:
         """Give the block's memory back."""
@@ -61,7 +79,7 @@ class StreamedModel:
             set_module_tensor_to_device(block, name, "meta")
 
     def enter(self, sequences: Tensor, batch_size: int) -> Tensor:
-        """Hidden states that enter the first block, float32 on the CPU `[n, tokens, hidden]`.
+        """Hidden states that enter the first block, on the CPU `[n, tokens, hidden]`.
 
         Args:
             sequences: int64 token ids `[n, tokens]`.
@@ -74,7 +92,7 @@ class StreamedModel:
         for batch in sequences.split(batch_size):
             hidden, calls = capture_calls(self.model, self.blocks, batch.to(self.device))
             self._keep_calls(batch.shape[0], calls)
-            entering.append(hidden.to("cpu", torch.float32))
+            entering.append(hidden.to("cpu", self.dtype))
         return torch.cat(entering)
 
     def _keep_calls(self, size: int, calls: list[BlockCall]) -> None:
@@ -106,7 +124,7 @@ class StreamedModel:
         batch_size: int,
         done: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """The block's output for all sequences, float32 on the CPU.
+        """The block's output for all sequences, on the CPU.
 
         Args:
             index: which block's arguments.
@@ -119,7 +137,7 @@ class StreamedModel:
         start = 0
         for batch in hidden.split(batch_size):
             result = self.run_block(index, block, batch.to(self.device))
-            output[start : start + batch.shape[0]] = result.to("cpu", torch.float32)
+            output[start : start + batch.shape[0]] = result.cpu()
             start += batch.shape[0]
             if done is not None:
                 done(batch.shape[0])

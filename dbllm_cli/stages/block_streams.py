@@ -22,7 +22,7 @@ BlockReport = list[dict[str, float]]
 
 @dataclass
 class BlockStreams:
-    """What enters the next block, float32 `[n, tokens, hidden]` on the CPU.
+    """What enters the next block, `[n, tokens, hidden]` on the CPU, in the model's dtype.
 
     Attributes:
         teacher: in the teacher.

@@ -17,7 +17,7 @@ from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.compensation import Compensated, quantize_compensated
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.llm.blocks import layer_shape, matrix_of
+from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.llm.layer_inputs import layers_by_input, weighted_gram
 from dbllm_cli.llm.statistics import token_weights
 from dbllm_cli.llm.streaming import StreamedModel
@@ -33,7 +33,7 @@ from dbllm_cli.stages.block_streams import (
 )
 from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.spec import Context
-from dbllm_cli.stages.trained_layers import autocast, dense_layer, replace_module
+from dbllm_cli.stages.trained_layers import dense_layer, replace_module
 
 
 class GptqStart:
@@ -51,7 +51,8 @@ class GptqStart:
     ) -> None:
         self.config, self.names, self.ctx = config, set(names), ctx
         note_environment(ctx.scratch, ctx.device, ctx.progress)
-        self.model = StreamedModel(folder, ctx.device, ctx.trust_remote_code)
+        dtype = getattr(torch, config.compute_dtype)
+        self.model = StreamedModel(folder, ctx.device, ctx.trust_remote_code, dtype)
 
     def quantize_all(self, sequences: Tensor) -> BlockReport:
         """Quantize every block that is not finished; the layers go to scratch.
@@ -87,12 +88,11 @@ class GptqStart:
         """Quantize one block; the streams move on to its outputs. Its relative error."""
         size = self.config.batch_size
         block = self.model.load_block(index)
-        with autocast(self.ctx.device, self.config.compute_dtype):
-            targets = self.model.run_all(index, block, streams.teacher, size)
-            student = copy.deepcopy(block)
-            self.model.drop_block(index)
-            layers = self._compensate(index, student, streams.student, targets)
-            output = self.model.run_all(index, student, streams.student, size)
+        targets = self.model.run_all(index, block, streams.teacher, size)
+        student = copy.deepcopy(block)
+        self.model.drop_block(index)
+        layers = self._compensate(index, student, streams.student, targets)
+        output = self.model.run_all(index, student, streams.student, size)
         latents = {name: layer.latent for name, layer in layers.items()}
         keep_layers(
             self.ctx.scratch,
@@ -111,7 +111,7 @@ class GptqStart:
         Args:
             index: of the block.
             block: a copy of the teacher's block, changed in place.
-            entering: what the quantized blocks before it give, float32 `[n, tokens, hidden]`.
+            entering: what the quantized blocks before it give, `[n, tokens, hidden]`.
             targets: the teacher block's output in the teacher, which weighs the tokens.
 
         Returns:
@@ -132,9 +132,10 @@ class GptqStart:
             )
             for name in together:
                 module = block.get_submodule(name)
-                layers[name] = _quantize(f"{prefix}.{name}", module, gram, self.config)
+                full = f"{prefix}.{name}"
+                layers[name] = _quantize(full, self.model.matrix(full), gram, self.config)
                 bias = cast("Tensor | None", getattr(module, "bias", None))
-                dense = dense_layer(layers[name].quantized, bias, self.config.compute_dtype)
+                dense = dense_layer(layers[name].quantized, bias, self.model.dtype)
                 replace_module(block, name, dense)
         return layers
 
@@ -154,12 +155,9 @@ class GptqStart:
         return shared
 
 
-def _quantize(name: str, module: nn.Module, gram: Tensor, config: InitFdbConfig) -> Compensated:
-    weight = cast(Tensor, module.weight)
-    require_finite(f"{name}.weight", weight)
-    matrix = matrix_of(module, weight).to(torch.float32)
-    # Autocast is for the blocks' products.
-    with names_layer(name), torch.autocast(gram.device.type, enabled=False):
+def _quantize(name: str, matrix: Tensor, gram: Tensor, config: InitFdbConfig) -> Compensated:
+    require_finite(f"{name}.weight", matrix)
+    with names_layer(name):
         return quantize_compensated(matrix, gram, config.group_size, config.levels)
 
 

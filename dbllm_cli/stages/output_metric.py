@@ -13,7 +13,6 @@ from dbllm_cli.llm.streaming import StreamedModel
 from dbllm_cli.llm.tensors import TensorFolder
 from dbllm_cli.stages.resuming import keep_tensors
 from dbllm_cli.stages.spec import Context
-from dbllm_cli.stages.trained_layers import autocast
 
 _TOKENS = 16_384
 """Enough for a matrix that only a root of is used; all blocks' outputs of them are in memory."""
@@ -37,20 +36,16 @@ def keep_metrics(
     if not config.sensitivity_power or _file(ctx.scratch, 0).is_file():
         return
     few = sequences[: math.ceil(_TOKENS / sequences.shape[1])]
-    with (
-        ctx.progress.task(
-            "sensitivity", 2 * len(few) * len(model.blocks), unit="sequences"
-        ) as task,
-        autocast(ctx.device, config.compute_dtype),
-    ):
+    with ctx.progress.task(
+        "sensitivity", 2 * len(few) * len(model.blocks), unit="sequences"
+    ) as task:
         for index, matrix in output_sensitivities(model, few, config.batch_size, config.seed, task):
             if not matrix.isfinite().all():
                 raise StageFailedError(
                     f"reconstruct: the teacher's gradients at block {index} are not finite",
                     "use --compute-dtype float32, or --sensitivity-power 0",
                 )
-            with autocast(ctx.device, "float32"):
-                metric = error_metric(matrix.to(ctx.device), config.sensitivity_power)
+            metric = error_metric(matrix.to(ctx.device), config.sensitivity_power)
             keep_tensors({"metric": metric}, _file(ctx.scratch, index))
 
 

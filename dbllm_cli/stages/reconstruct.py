@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.losses import relative_token_error
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
 from dbllm_cli.fdb.training import LatentLinear
-from dbllm_cli.llm.blocks import layer_shape, matrix_of
+from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.llm.models import model_folder
 from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.llm.streaming import StreamedModel
@@ -33,7 +33,7 @@ from dbllm_cli.stages.output_metric import keep_metrics, output_metric
 from dbllm_cli.stages.resuming import note_environment
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
-from dbllm_cli.stages.trained_layers import autocast, dense_layer, latent_layer, replace_module
+from dbllm_cli.stages.trained_layers import dense_layer, latent_layer, replace_module
 from dbllm_cli.store import Artifact
 
 _BATCHES_BEFORE = 4
@@ -91,7 +91,8 @@ class _BlockTraining:
         self, config: ReconstructConfig, student: PackedFolder, folder: Path, ctx: Context
     ) -> None:
         self.config, self.student, self.ctx = config, student, ctx
-        self.model = StreamedModel(folder, ctx.device, ctx.trust_remote_code)
+        dtype = getattr(torch, config.compute_dtype)
+        self.model = StreamedModel(folder, ctx.device, ctx.trust_remote_code, dtype)
         self.quantized_names = set(student.layer_names())
 
     def train_all(self, sequences: Tensor) -> BlockReport:
@@ -132,10 +133,9 @@ class _BlockTraining:
             self.model.drop_block(following.place)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
         for name, layer in layers.items():
-            dense = dense_layer(quantized[name], layer.bias, self.config.compute_dtype)
+            dense = dense_layer(quantized[name], layer.bias, self.model.dtype)
             replace_module(block, name, dense)
-        with autocast(self.ctx.device, self.config.compute_dtype):
-            output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
+        output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
         after = mean_error(output, targets, batch_size)
         latents = {name: layer.latent for name, layer in layers.items()}
         keep_layers(self.ctx.scratch, index, quantized, latents)
@@ -148,10 +148,9 @@ class _BlockTraining:
         if streams.ahead is not None:
             task.advance(len(streams.ahead))
             return streams.ahead
-        with autocast(self.ctx.device, self.config.compute_dtype):
-            return self.model.run_all(
-                index, teacher, streams.teacher, self.config.batch_size, task.advance
-            )
+        return self.model.run_all(
+            index, teacher, streams.teacher, self.config.batch_size, task.advance
+        )
 
     def _next_block(self, index: int, targets: Tensor) -> _NextBlock | None:
         """What a window of two blocks needs; the last block has a window of its own."""
@@ -159,8 +158,7 @@ class _BlockTraining:
         if self.config.window == 1 or following == len(self.model.blocks):
             return None
         block = self.model.load_block(following)
-        with autocast(self.ctx.device, self.config.compute_dtype):
-            output = self.model.run_all(following, block, targets, self.config.batch_size)
+        output = self.model.run_all(following, block, targets, self.config.batch_size)
         return _NextBlock(following, block, output, output_metric(self.config, following, self.ctx))
 
     def _error_before(
@@ -169,8 +167,7 @@ class _BlockTraining:
         """The untrained block's error, over the first batches: the whole would take a pass."""
         batch_size = self.config.batch_size
         few = slice(0, _BATCHES_BEFORE * batch_size)
-        with autocast(self.ctx.device, self.config.compute_dtype):
-            output = self.model.run_all(index, block, entering[few], batch_size)
+        output = self.model.run_all(index, block, entering[few], batch_size)
         return mean_error(output, targets[few], batch_size)
 
     def _student_block(
@@ -185,10 +182,9 @@ class _BlockTraining:
             if full not in self.quantized_names:
                 continue
             in_features, _ = layer_shape(module)
-            weight = cast(Tensor, module.weight)
             bias = self._student_bias(full)
             quantized = self.student.layer(full, in_features)
-            matrix = matrix_of(module, weight)
+            matrix = self.model.matrix(full)
             layers[name] = latent_layer(self.student, full, quantized, matrix, bias)
             replace_module(block, name, layers[name])
         own = {f"{name}.alpha" for name in layers}
@@ -233,9 +229,8 @@ class _BlockTraining:
         )
         metric = output_metric(self.config, index, self.ctx)
         for step, chosen in enumerate(self._batches(index, len(entering))):
-            with autocast(self.ctx.device, self.config.compute_dtype):
-                output = self.model.run_block(index, block, entering[chosen].to(device))
-                beyond = following.run(self.model, output) if following else output
+            output = self.model.run_block(index, block, entering[chosen].to(device))
+            beyond = following.run(self.model, output) if following else output
             loss = relative_token_error(output, targets[chosen].to(device), metric)
             if following:
                 loss = loss + relative_token_error(

@@ -96,7 +96,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "init-fdb",
-            1,
+            2,
             configs.InitFdbConfig,
             (_MODEL, Slot("calibration", ("calibration",), "weighs the inputs", required=False)),
             "fdb",
@@ -104,7 +104,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "reconstruct",
-            5,
+            6,
             configs.ReconstructConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",

@@ -49,15 +49,14 @@ def latent_layer(
     return LatentLinear(on_device, latent, bias, fixed_cells)
 
 
-def dense_layer(quantized: QuantizedMatrix, bias: Tensor | None, compute_dtype: str) -> nn.Linear:
+def dense_layer(quantized: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
     """A layer that is finished, as a dense one: nothing of it changes from batch to batch.
 
     Args:
         quantized: its planes and scales.
         bias: its bias, or None.
-        compute_dtype: torch's name of the dtype of its products.
+        dtype: of the weights.
     """
-    dtype = getattr(torch, compute_dtype)
     shape = quantized.in_features, quantized.weight.shape[1]
     layer = nn.Linear(*shape, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(quantized.dense(dtype), requires_grad=False)
@@ -67,7 +66,7 @@ def dense_layer(quantized: QuantizedMatrix, bias: Tensor | None, compute_dtype: 
 
 
 def autocast(device: str, compute_dtype: str) -> torch.autocast:
-    """The context that both training stages run their products in.
+    """The context that distill runs the student's products in.
 
     Args:
         device: torch device.

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.llm.streaming import StreamedModel
 from tests.llm.conftest import llama_config, random_model
 from tests.llm.test_blocks import FAMILIES
@@ -39,13 +40,31 @@ def test_streaming_block_by_block_gives_the_whole_model_s_hidden_states(
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
-def test_every_family_streams(config: object, tmp_path: Path, ids: Tensor) -> None:
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_every_family_streams_in_the_dtype_asked_for(
+    config: object, dtype: torch.dtype, near: float, tmp_path: Path, ids: Tensor
+) -> None:
     model = random_model(config)  # type: ignore[arg-type]
     model.save_pretrained(tmp_path)
-    streamed = StreamedModel(tmp_path, "cpu")
-    hidden = streamed.enter(ids, 2)
-    hidden = streamed.run_all(0, streamed.load_block(0), hidden, 2)
-    assert torch.allclose(hidden, _states(model, ids)[1], rtol=1e-5, atol=1e-4)
+    streamed = StreamedModel(tmp_path, "cpu", dtype=dtype)
+    block, hidden = streamed.load_block(0), streamed.enter(ids, 2)
+    assert {hidden.dtype, *(parameter.dtype for parameter in block.parameters())} == {dtype}
+    hidden = streamed.run_all(0, block, hidden, 2)
+    assert hidden.dtype == dtype
+    assert torch.allclose(hidden, _states(model.to(dtype), ids)[1], rtol=near, atol=10 * near)
+
+
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
+def test_matrices_are_read_in_float32_inputs_last(config: object, tmp_path: Path) -> None:
+    model = random_model(config)  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path)
+    streamed = StreamedModel(tmp_path, "cpu", dtype=torch.bfloat16)
+    for name, module in streamed.blocks.linear_layers():
+        matrix = streamed.matrix(name)
+        whole = model.get_submodule(name)
+        offset = 0 if whole.bias is None else whole.bias
+        x = torch.ones(layer_shape(module)[0])
+        assert torch.allclose(matrix @ x + offset, whole(x), rtol=1e-5, atol=1e-5), name
 
 
 def test_only_the_block_asked_for_is_in_memory(tmp_path: Path) -> None:

@@ -39,17 +39,20 @@ from dbllm_cli.store import Artifact
 _BATCHES_BEFORE = 4
 
 
-class _NextBlock(NamedTuple):
-    """The full-precision block after the one that trains, its output in the teacher and metric."""
+class _Matched(NamedTuple):
+    """A block whose output is matched: the one that trains, or the one after it, unquantized.
+
+    Attributes:
+        place: index of the block.
+        block: the module.
+        targets: its output in the teacher.
+        metric: of the errors of its output, or None.
+    """
 
     place: int
     block: nn.Module
     targets: Tensor
     metric: Tensor | None
-
-    def run(self, model: StreamedModel, hidden: Tensor) -> Tensor:
-        """Its output for a batch of what the block before it gives."""
-        return model.run_block(self.place, self.block, hidden)
 
 
 def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
@@ -124,12 +127,15 @@ class _BlockTraining:
         batch_size = self.config.batch_size
         teacher = self.model.load_block(index)
         streams.teacher = targets = self._targets(index, teacher, streams, task)
+        streams.ahead = None
         block, layers = self._student_block(index, teacher)
         self.model.drop_block(index)
         before = self._error_before(index, block, streams.student, targets)
-        following = self._next_block(index, targets) if layers else None
-        self._optimize(index, block, layers, streams.student, targets, following, task)
-        if following:
+        window = [self._matched(index, block, targets)]
+        if layers:
+            window += self._following(index, streams)
+            self._optimize(window, layers, streams.student, task)
+        for following in window[1:]:
             self.model.drop_block(following.place)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
         for name, layer in layers.items():
@@ -140,7 +146,6 @@ class _BlockTraining:
         latents = {name: layer.latent for name, layer in layers.items()}
         keep_layers(self.ctx.scratch, index, quantized, latents)
         streams.student = output
-        streams.ahead = following.targets if following else None
         return {"error_before": round(before, 6), "error_after": round(after, 6)}
 
     def _targets(self, index: int, teacher: nn.Module, streams: BlockStreams, task: Task) -> Tensor:
@@ -152,14 +157,17 @@ class _BlockTraining:
             index, teacher, streams.teacher, self.config.batch_size, task.advance
         )
 
-    def _next_block(self, index: int, targets: Tensor) -> _NextBlock | None:
-        """What a window of two blocks needs; the last block has a window of its own."""
+    def _following(self, index: int, streams: BlockStreams) -> list[_Matched]:
+        """The next block, where the window has two and the model goes on."""
         following = index + 1
         if self.config.window == 1 or following == len(self.model.blocks):
-            return None
-        block = self.model.load_block(following)
-        output = self.model.run_all(following, block, targets, self.config.batch_size)
-        return _NextBlock(following, block, output, output_metric(self.config, following, self.ctx))
+            return []
+        block, batch_size = self.model.load_block(following), self.config.batch_size
+        streams.ahead = self.model.run_all(following, block, streams.teacher, batch_size)
+        return [self._matched(following, block, streams.ahead)]
+
+    def _matched(self, index: int, block: nn.Module, targets: Tensor) -> _Matched:
+        return _Matched(index, block, targets, output_metric(self.config, index, self.ctx))
 
     def _error_before(
         self, index: int, block: nn.Module, entering: Tensor, targets: Tensor
@@ -209,33 +217,21 @@ class _BlockTraining:
 
     def _optimize(
         self,
-        index: int,
-        block: nn.Module,
+        window: list[_Matched],
         layers: Mapping[str, LatentLinear],
         entering: Tensor,
-        targets: Tensor,
-        following: _NextBlock | None,
         task: Task,
     ) -> None:
-        """Train the layers."""
-        if not layers:
-            return
-        total, device = self.steps(len(entering)), self.ctx.device
+        """Train the layers of the first block of the window."""
+        index, total = window[0].place, self.steps(len(entering))
         optimizer = RelativeAdamW(
             layers,
             self.config.latent_lr,
             self.config.scale_lr,
             latent_decay=self.config.latent_decay / total,
         )
-        metric = output_metric(self.config, index, self.ctx)
         for step, chosen in enumerate(self._batches(index, len(entering))):
-            output = self.model.run_block(index, block, entering[chosen].to(device))
-            beyond = following.run(self.model, output) if following else output
-            loss = relative_token_error(output, targets[chosen].to(device), metric)
-            if following:
-                loss = loss + relative_token_error(
-                    beyond, following.targets[chosen].to(device), following.metric
-                )
+            loss = self._window_loss(window, entering, chosen)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise StageFailedError(
@@ -245,3 +241,13 @@ class _BlockTraining:
             loss.backward()
             optimizer.step(schedule_factor(step, total, self.config.warmup_steps))
             task.advance(len(chosen), block=index, loss=value)
+
+    def _window_loss(self, window: list[_Matched], entering: Tensor, chosen: Tensor) -> Tensor:
+        """The sum of the errors of a batch after every block of the window."""
+        device = self.ctx.device
+        hidden, loss = entering[chosen].to(device), torch.zeros((), device=device)
+        for matched in window:
+            hidden = self.model.run_block(matched.place, matched.block, hidden)
+            targets = matched.targets[chosen].to(device)
+            loss = loss + relative_token_error(hidden, targets, matched.metric)
+        return loss

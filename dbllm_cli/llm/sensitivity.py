@@ -34,7 +34,7 @@ def output_sensitivities(
         block = model.load_block(index)
         states.append(model.run_all(index, block, states[-1], batch_size, task.advance))
         model.drop_block(index)
-    gradient = _gradient_of_predictions(model, states[-1], batch_size, seed)
+    gradient = _gradient_of_predictions(model, states[-1], seed)
     for index in reversed(range(len(model.blocks))):
         yield index, _mean_outer_product(gradient, states.pop(), model.device)
         if index:
@@ -51,13 +51,12 @@ def _mean_outer_product(gradient: Tensor, output: Tensor, device: str) -> Tensor
 
 
 @torch.enable_grad()
-def _gradient_of_predictions(
-    model: StreamedModel, hidden: Tensor, batch_size: int, seed: int
-) -> Tensor:
+def _gradient_of_predictions(model: StreamedModel, hidden: Tensor, seed: int) -> Tensor:
     """To the last block's output, `[n, tokens, hidden]`."""
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.empty_like(hidden)
-    for rows in torch.arange(len(hidden)).split(batch_size):
+    # One sequence at a time: its logits are larger than all else that is in memory.
+    for rows in torch.arange(len(hidden)).split(1):
         leaf = hidden[rows].to(model.device).requires_grad_()
         logits = logits_after(model.model, model.blocks, leaf).to(torch.float32).flatten(0, 1)
         loss = cross_entropy(logits, drawn_labels(logits.detach(), generator), reduction="sum")

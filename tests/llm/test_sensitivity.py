@@ -1,3 +1,4 @@
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,12 @@ def test_the_matrices_are_those_of_the_whole_model_s_gradients(
 ) -> None:
     llama.save_pretrained(tmp_path)
     labels = (ids * 7 + 3) % 64
-    waiting = list(labels.split(batch_size))
-    monkeypatch.setattr(sensitivity, "drawn_labels", lambda *_: waiting.pop(0).flatten())
+    waiting = iter(labels.flatten())
+    monkeypatch.setattr(
+        sensitivity,
+        "drawn_labels",
+        lambda logits, _: torch.stack(list(islice(waiting, len(logits)))),
+    )
     found = _streamed(tmp_path, ids, batch_size)
     expected = _expected(type(llama).from_pretrained(tmp_path), ids, labels)
     assert list(found) == [2, 1, 0]

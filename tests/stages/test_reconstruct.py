@@ -117,7 +117,7 @@ def test_errors_to_which_the_predictions_are_sensitive_become_smaller(
     fisher = fishers(llama_folder, ids)[1]
     teacher = hidden_after(load_model(llama_folder, torch.float32), ids, 1)
     plain, weighed = [], []
-    freely = SETTINGS | {"latent_decay": 0.0}
+    freely = SETTINGS | {"latent_decay": 0.0, "window": 1}
     for power in (0.0, 1.0):
         fdb = workshop.make("reconstruct", training, **freely, sensitivity_power=power)
         error = hidden_after(load_model(fdb.path, torch.float32), ids, 1) - teacher

@@ -153,6 +153,8 @@ class _Trainer:
             for parameter, gradient in zip(self.heads.trained, outcome.head_gradients, strict=True):
                 _add_gradient(parameter, gradient.div_(parts))
             task.advance(batch.numel(), loss=loss)
+            # Gradients as large as the head would stay through the next batch.
+            del hidden, outcome
         norm = float(clip_grad_norm_(self.optimizer.parameters(), config.clip))
         _require_finite_training("norm of the gradient", norm, step + 1)
         self.optimizer.step(schedule_factor(step, config.steps, config.warmup_steps))

@@ -55,11 +55,16 @@ class InputStatistics:
             del module, args
             hidden = output[0] if isinstance(output, tuple) else output
             weights = token_weights(hidden).flatten()
-            for name in [n for n in self._inputs if n.startswith(f"{block_name}.")]:
-                squares = self._inputs.pop(name).to(torch.float32).square().flatten(0, -2)
-                if squares.shape[0] != weights.shape[0]:
+            # Layers that share an input share its squares.
+            sums: dict[int, Tensor] = {}
+            inputs = {n: x for n, x in self._inputs.items() if n.startswith(f"{block_name}.")}
+            for name, x in inputs.items():
+                del self._inputs[name]
+                if x.shape[:-1].numel() != weights.numel():
                     continue
-                self._add(name, weights @ squares, float(weights.sum()))
+                if id(x) not in sums:
+                    sums[id(x)] = weights @ x.to(torch.float32).square().flatten(0, -2)
+                self._add(name, sums[id(x)], float(weights.sum()))
 
         return add
 

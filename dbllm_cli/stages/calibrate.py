@@ -1,5 +1,6 @@
 """calibrate: token sequences, a held-out part, and statistics of the layers' inputs."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +35,9 @@ from dbllm_cli.stages.sequences import Calibration
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact
 
+_STATISTICS_TOKENS = 65_536
+"""Enough for a mean of each input."""
+
 
 def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
     """Make the calibration artifact: tokens.safetensors, statistics.safetensors.
@@ -56,9 +60,10 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
     else:
         sequences = _read(config, tokenizer)
     train, held_out = sequences[: config.num_samples], sequences[config.num_samples :]
-    with ctx.progress.task("statistics", len(train), unit="sequences") as task:
+    few = train[: math.ceil(_STATISTICS_TOKENS / config.sequence_length)]
+    with ctx.progress.task("statistics", len(few), unit="sequences") as task:
         # A long batch would only raise the peak memory.
-        means = input_mean_squares(model, train, min(config.batch_size, 4), task)
+        means = input_mean_squares(model, few, min(config.batch_size, 4), task)
     for name, mean in means.items():
         require_finite(f"the inputs of {name}", mean)
     Calibration(train, held_out, means).save(ctx.out)

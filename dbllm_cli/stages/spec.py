@@ -88,7 +88,7 @@ STAGES: dict[str, StageSpec] = {
     for spec in (
         StageSpec(
             "calibrate",
-            1,
+            2,
             configs.CalibrateConfig,
             (_MODEL,),
             "calibration",

@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 ComputeDtype = Literal["bfloat16", "float32"]
+ComputeDtypeOrAuto = Literal["auto", "bfloat16", "float32"]
 InputFile = Annotated[str, Field(json_schema_extra={"file": True})]
 
-_COMPUTE = "dtype of the products; bfloat16 is about twice as fast on processors that have it"
+_COMPUTE = "dtype of the products"
+_COMPUTE_OR_AUTO = _COMPUTE + "; auto: bfloat16 where the device is faster in it, else float32"
 _SEED = "seed of everything drawn at random"
 
 
@@ -70,7 +72,7 @@ class CalibrateConfig(TextConfig):
     temperature: float = Field(1.0, gt=0, description="sampling temperature of generated text")
     top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens; 0: among all")
     greedy_tokens: int = Field(4, ge=0, description="tokens taken greedily after the start token")
-    compute_dtype: ComputeDtype = Field("bfloat16", description=_COMPUTE)
+    compute_dtype: ComputeDtypeOrAuto = Field("auto", description=_COMPUTE_OR_AUTO)
     seed: int = Field(0, ge=0, description=_SEED)
 
     @model_validator(mode="after")
@@ -112,7 +114,7 @@ class InitFdbConfig(StageConfig):
         None, gt=0, description="gptq: use only the first sequences of the calibration"
     )
     batch_size: int = Field(4, gt=0, description="gptq: sequences run at once")
-    compute_dtype: ComputeDtype = Field("bfloat16", description="gptq: " + _COMPUTE)
+    compute_dtype: ComputeDtypeOrAuto = Field("auto", description="gptq: " + _COMPUTE_OR_AUTO)
     keep_latents: bool = Field(
         True, description="gptq: store the compensated weights, for reconstruct to go on from"
     )
@@ -141,7 +143,7 @@ class TrainConfig(StageConfig):
         None, gt=0, description="use only the first sequences of the calibration; all when absent"
     )
     keep_latents: bool = Field(True, description="store the latent weights, to train on from them")
-    compute_dtype: ComputeDtype = Field("bfloat16", description=_COMPUTE)
+    compute_dtype: ComputeDtypeOrAuto = Field("auto", description=_COMPUTE_OR_AUTO)
     seed: int = Field(0, ge=0, description=_SEED)
 
 

@@ -26,7 +26,6 @@ _FEATURES = (
 )  # fmt: skip
 _INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 _EXTRAS = {"gguf": "only for .gguf models", "eval": "only for eval-tasks"}
-_BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,7 @@ def _processor() -> Check:
     features = {*info.get("flags", "").split(), *info.get("Features", "").split()}
     name = info.get("model name") or platform.processor() or platform.machine()
     known = " ".join(feature for feature in _FEATURES if feature in features)
-    hint = ""
-    if not features & _BFLOAT16_FEATURES:
-        hint = "no bfloat16 in hardware: --compute-dtype float32 may be faster"
-    return Check("processor", True, f"{name} ({known or 'no known features'})", hint)
+    return Check("processor", True, f"{name} ({known or 'no known features'})")
 
 
 def _cpu_info() -> dict[str, str]:

@@ -1,13 +1,16 @@
 """How an artifact was made: kept beside it, never part of its digest."""
 
+import json
 import platform
 import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from dbllm_cli.stages.machine import (
+    ENVIRONMENT,
     forget_peak,
     peak_device_memory_mib,
     peak_memory_mib,
@@ -32,8 +35,12 @@ class Recorder:
         """Time since the start."""
         return time.monotonic() - self._clock
 
-    def record(self) -> dict[str, Any]:
-        """Versions, machine, time and peak memory of the run until now."""
+    def record(self, scratch: Path) -> dict[str, Any]:
+        """Versions, machine, time and peak memory of the run until now.
+
+        Args:
+            scratch: of the stage; a run that can be resumed left there where it was begun.
+        """
         return {
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round(self.seconds, 3),
@@ -47,6 +54,7 @@ class Recorder:
             "device": self._device,
             "threads": _threads(),
             "processor": processor(),
+            **_begun(scratch / ENVIRONMENT),
         }
 
 
@@ -60,6 +68,10 @@ def _version(package: str) -> str | None:
 def _threads() -> int | None:
     torch = sys.modules.get("torch")
     return None if torch is None else int(torch.get_num_threads())
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    return {"begun": json.loads(path.read_text())} if path.is_file() else {}
 
 
 def _device_memory(device: str) -> dict[str, float]:

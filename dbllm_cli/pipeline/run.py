@@ -207,7 +207,11 @@ def _make(making: _Making, lineage: Lineage) -> Outcome:
             metrics = making.spec.body()(making.config, making.inputs, context)
         with disk_errors(store.root, f"writing {METRICS}"):
             (staging / METRICS).write_text(_metrics_text(making.step, metrics), encoding="utf-8")
-        provenance = {"step": making.step, "files": named_files(making.config), **recorder.record()}
+        provenance = {
+            "step": making.step,
+            "files": named_files(making.config),
+            **recorder.record(scratch),
+        }
         artifact = store.publish(
             staging, making.spec.output, lineage, provenance, replace=making.replace
         )

@@ -30,7 +30,7 @@ from dbllm_cli.llm.text import (
     windows,
 )
 from dbllm_cli.stages.reading import text_source
-from dbllm_cli.stages.resuming import keep_tensors, note_environment
+from dbllm_cli.stages.resuming import begin_or_resume, keep_tensors
 from dbllm_cli.stages.sequences import Calibration
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact
@@ -52,9 +52,8 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
         require_finite(name, tensor)
     tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
     require_positions(folder, config.sequence_length, ctx.trust_remote_code)
-    dtype = getattr(torch, config.compute_dtype)
+    dtype = begin_or_resume(ctx, config.compute_dtype)
     model = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
-    note_environment(ctx.scratch, ctx.device, ctx.progress)
     if config.source == "generate":
         sequences = _generate(config, model, tokenizer, ctx)
     else:

@@ -25,14 +25,14 @@ from dbllm_cli.llm.packed import PackedFolder, write_requantized
 from dbllm_cli.progress import Task
 from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
 from dbllm_cli.stages.resuming import (
+    begin_or_resume,
     last_checkpoint,
-    note_environment,
     read_checkpoint,
     save_checkpoint,
 )
 from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
-from dbllm_cli.stages.trained_layers import autocast, make_trainable, unquantized_parameters
+from dbllm_cli.stages.trained_layers import make_trainable, unquantized_parameters
 from dbllm_cli.store import Artifact
 
 _ROUNDED_SHARE = 0.25
@@ -47,14 +47,13 @@ def run(config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
         StageFailedError: the loss is not finite.
     """
     require_same_model(inputs)
-    note_environment(ctx.scratch, ctx.device, ctx.progress)
+    dtype = begin_or_resume(ctx, config.compute_dtype)
     calibration = open_calibration(inputs["calibration"])
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
-    compute = getattr(torch, config.compute_dtype)
     student = PackedFolder(inputs["student"].path)
     trainer = _Trainer(
         config,
-        load_model(folder, compute, ctx.device, ctx.trust_remote_code),
+        load_model(folder, dtype, ctx.device, ctx.trust_remote_code),
         load_model(student.folder, torch.float32, ctx.device, ctx.trust_remote_code),
         student,
         calibration,
@@ -185,7 +184,8 @@ class _Trainer:
             target = (
                 final_hidden(self.teacher, batch) if self.config.loss != "ce" else torch.empty(0)
             )
-        with autocast(self.ctx.device, self.config.compute_dtype):
+        kind = torch.device(self.ctx.device).type
+        with torch.autocast(kind, self.teacher.dtype, self.teacher.dtype != torch.float32):
             hidden = final_hidden(self.model, batch)
             outcome = distillation_loss(self.loss, hidden, target, batch, self.heads)
         return hidden, outcome

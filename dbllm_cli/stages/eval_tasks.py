@@ -13,7 +13,7 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
 from dbllm_cli.llm.packed import write_json
 from dbllm_cli.stages.comparison import ITEMS, accuracy
-from dbllm_cli.stages.resuming import last_checkpoint, note_environment, save_checkpoint
+from dbllm_cli.stages.resuming import begin_or_resume, last_checkpoint, save_checkpoint
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact, digest_of
 
@@ -31,11 +31,11 @@ def run(config: EvalTasksConfig, inputs: Mapping[str, Artifact], ctx: Context) -
     harness = _harness()
     include_path = None if config.include_path is None else Path(config.include_path)
     tasks = harness.open_tasks(config.tasks, include_path, config.num_fewshot, config.seed)
-    note_environment(ctx.scratch, ctx.device, ctx.progress)
+    dtype = begin_or_resume(ctx, config.compute_dtype)
     results = _finished(ctx)
     left = [name for name in tasks if name not in results]
     if left:
-        scorer = _scorer(harness, config, inputs["model"], ctx)
+        scorer = _scorer(harness, inputs["model"], dtype, config.batch_size, ctx)
         for name in left:
             found = scorer.score(name, tasks[name], config.limit)
             results[name] = {"scores": found.scores, "data_digest": found.data_digest}
@@ -58,12 +58,13 @@ def _harness() -> ModuleType:
     return tasks
 
 
-def _scorer(harness: ModuleType, config: EvalTasksConfig, model: Artifact, ctx: Context) -> Any:
+def _scorer(
+    harness: ModuleType, model: Artifact, dtype: torch.dtype, batch_size: int, ctx: Context
+) -> Any:
     folder = model_folder(model, ctx.work, ctx.trust_remote_code)
     tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
-    dtype = getattr(torch, config.compute_dtype)
     loaded = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
-    return harness.TaskScorer(loaded, tokenizer, config.batch_size, ctx.progress)
+    return harness.TaskScorer(loaded, tokenizer, batch_size, ctx.progress)
 
 
 def _finished(ctx: Context) -> _Results:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from dbllm_cli.configs import InitFdbConfig
@@ -31,7 +30,7 @@ from dbllm_cli.stages.block_streams import (
     keep_streams,
     mean_error,
 )
-from dbllm_cli.stages.resuming import note_environment
+from dbllm_cli.stages.resuming import begin_or_resume
 from dbllm_cli.stages.spec import Context
 from dbllm_cli.stages.trained_layers import dense_layer, replace_module
 
@@ -50,8 +49,7 @@ class GptqStart:
         self, config: InitFdbConfig, folder: Path, names: Collection[str], ctx: Context
     ) -> None:
         self.config, self.names, self.ctx = config, set(names), ctx
-        note_environment(ctx.scratch, ctx.device, ctx.progress)
-        dtype = getattr(torch, config.compute_dtype)
+        dtype = begin_or_resume(ctx, config.compute_dtype)
         self.model = StreamedModel(folder, ctx.device, ctx.trust_remote_code, dtype)
 
     def quantize_all(self, sequences: Tensor) -> BlockReport:

@@ -5,6 +5,9 @@ import resource
 import sys
 from pathlib import Path
 
+ENVIRONMENT = "environment.json"
+"""In a stage's scratch: where its run was begun, and the dtype of its products."""
+
 
 def forget_peak() -> None:
     """Begin a new peak where the system can (Linux), so that each step of a run gets its own."""

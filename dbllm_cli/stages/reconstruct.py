@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from dbllm_cli.stages.block_streams import (
 )
 from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
 from dbllm_cli.stages.output_metric import keep_metrics, output_metric
-from dbllm_cli.stages.resuming import note_environment
+from dbllm_cli.stages.resuming import begin_or_resume
 from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.stages.trained_layers import dense_layer, latent_layer, replace_module
@@ -63,9 +62,10 @@ def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context)
         StageFailedError: a loss is not finite.
     """
     require_same_model(inputs)
-    note_environment(ctx.scratch, ctx.device, ctx.progress)
+    dtype = begin_or_resume(ctx, config.compute_dtype)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
-    training = _BlockTraining(config, PackedFolder(inputs["student"].path), folder, ctx)
+    teacher = StreamedModel(folder, ctx.device, ctx.trust_remote_code, dtype)
+    training = _BlockTraining(config, PackedFolder(inputs["student"].path), teacher, ctx)
     calibration = open_calibration(inputs["calibration"])
     report = training.train_all(calibration.train[: config.num_samples])
     student = training.student
@@ -91,11 +91,9 @@ class _BlockTraining:
     """The walk over the blocks: two streams of hidden states, a window of blocks in memory."""
 
     def __init__(
-        self, config: ReconstructConfig, student: PackedFolder, folder: Path, ctx: Context
+        self, config: ReconstructConfig, student: PackedFolder, teacher: StreamedModel, ctx: Context
     ) -> None:
-        self.config, self.student, self.ctx = config, student, ctx
-        dtype = getattr(torch, config.compute_dtype)
-        self.model = StreamedModel(folder, ctx.device, ctx.trust_remote_code, dtype)
+        self.config, self.student, self.model, self.ctx = config, student, teacher, ctx
         self.quantized_names = set(student.layer_names())
 
     def train_all(self, sequences: Tensor) -> BlockReport:

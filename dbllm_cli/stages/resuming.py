@@ -10,20 +10,29 @@ import torch
 from torch import Tensor
 
 from dbllm_cli.llm.tensors import TensorFolder, save_tensors
-from dbllm_cli.progress import Progress
-from dbllm_cli.stages.machine import processor
+from dbllm_cli.stages.compute_dtype import faster_dtype
+from dbllm_cli.stages.machine import ENVIRONMENT, processor
+from dbllm_cli.stages.spec import Context
 
 
-def note_environment(scratch: Path, device: str, progress: Progress) -> None:
-    """Record where a run was begun, and say so when it goes on elsewhere: its bytes may differ."""
+def begin_or_resume(ctx: Context, compute_dtype: str) -> torch.dtype:
+    """Record where a run is begun, and say so when it goes on elsewhere: its bytes may differ.
+
+    Args:
+        ctx: of the stage.
+        compute_dtype: as the settings have it.
+
+    Returns:
+        The dtype of the products: a run that goes on keeps the one that it was begun with.
+    """
     here = {
-        "device": device,
+        "device": ctx.device,
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    path = scratch / "environment.json"
+    path = ctx.scratch / ENVIRONMENT
     if path.is_file():
         begun = json.loads(path.read_text())
         changed = [
@@ -32,9 +41,19 @@ def note_environment(scratch: Path, device: str, progress: Progress) -> None:
             if begun.get(name) != here[name]
         ]
         if changed:
-            progress.note(f"resuming under another {', '.join(changed)}: the result is inexact")
-    else:
-        path.write_text(json.dumps(here))
+            ctx.progress.note(f"resuming under another {', '.join(changed)}: the result is inexact")
+        return _dtype(begun["compute_dtype"])
+    if compute_dtype == "auto":
+        compute_dtype = str(faster_dtype(ctx.device)).removeprefix("torch.")
+        if compute_dtype == "float32":
+            ctx.progress.note(f"products in float32: {ctx.device} is slower in bfloat16")
+    path.write_text(json.dumps(here | {"compute_dtype": compute_dtype}))
+    return _dtype(compute_dtype)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def keep_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -65,17 +65,6 @@ def dense_layer(quantized: QuantizedMatrix, bias: Tensor | None, dtype: torch.dt
     return layer
 
 
-def autocast(device: str, compute_dtype: str) -> torch.autocast:
-    """The context that distill runs the student's products in.
-
-    Args:
-        device: torch device.
-        compute_dtype: bfloat16 casts the products; float32 casts nothing.
-    """
-    enabled = compute_dtype == "bfloat16"
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=enabled)
-
-
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted `name` under `root`."""
     parent, _, child = name.rpartition(".")

@@ -3,7 +3,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from dbllm_cli.stages.comparison import TasksResult, comparable_groups
 from dbllm_cli.store import Artifact
 from tests.conftest import SHARED_DATA, Workshop
 from tests.stages.conftest import KilledAndResumed, Notes
+from tests.stages.task_files import ITEMS, TaskFolder
 from tests.test_bad_input import with_changed_tensor
 
 INSTALL = "pip install -c constraints.txt -e '.[eval]'"
@@ -26,44 +26,12 @@ SHARED_TASKS = Path(__file__).parents[1] / "tasks"
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason=f"needs lm_eval: {INSTALL}"
 )
-ITEMS: list[dict[str, Any]] = [
-    {"question": f"Number {number} is", "choices": choices, "gold": number % len(choices)}
-    for number, choices in enumerate(
-        [["odd", "even, as we know"], ["a", "bc", "def"], ["near", "far away"], ["x", "yy"]] * 4
-    )
-]
-TASK = """\
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{question}}}}"
-doc_to_target: gold
-doc_to_choice: choices
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder of task files, as settings."""
-
-    path: Path
-
-    def add(self, name: str, items: list[dict[str, Any]]) -> None:
-        data = self.path / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(item) + "\n" for item in items))
-        (self.path / f"{name}.yaml").write_text(TASK.format(name=name, data=data))
-
-    def settings(self, *tasks: str, **others: Any) -> dict[str, Any]:
-        return {"tasks": tasks, "include_path": str(self.path)} | others
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
+def folder(tmp_path: Path) -> TaskFolder:
     (tmp_path / "own").mkdir()
-    made = Folder(tmp_path / "own")
+    made = TaskFolder(tmp_path / "own")
     made.add("numbers", ITEMS)
     made.add("more", ITEMS[3:9])
     return made
@@ -107,7 +75,7 @@ def items_of(artifact: Artifact) -> dict[str, dict[str, list[float]]]:
 
 @needs_harness
 def test_every_item_is_scored_by_the_likelihood_of_its_choices(
-    fresh: Workshop, llama: Artifact, llama_folder: Path, folder: Folder
+    fresh: Workshop, llama: Artifact, llama_folder: Path, folder: TaskFolder
 ) -> None:
     outcome = fresh.run("eval-tasks", {"model": llama}, **folder.settings("numbers"))
     expected = expected_scores(llama_folder, ITEMS)
@@ -125,7 +93,7 @@ def test_every_item_is_scored_by_the_likelihood_of_its_choices(
 
 @needs_harness
 def test_the_mean_is_over_tasks_and_limit_takes_the_first_items(
-    fresh: Workshop, llama: Artifact, llama_folder: Path, folder: Folder
+    fresh: Workshop, llama: Artifact, llama_folder: Path, folder: TaskFolder
 ) -> None:
     settings = folder.settings("numbers,more", limit=5)
     metrics = fresh.run("eval-tasks", {"model": llama}, **settings).metrics
@@ -139,7 +107,7 @@ def test_the_mean_is_over_tasks_and_limit_takes_the_first_items(
 
 @needs_harness
 def test_solved_examples_change_what_is_asked_and_are_drawn_by_the_seed(
-    fresh: Workshop, llama: Artifact, folder: Folder
+    fresh: Workshop, llama: Artifact, folder: TaskFolder
 ) -> None:
     folder.add("short", [item | {"question": item["question"][-4:]} for item in ITEMS])
     digests = [
@@ -153,7 +121,7 @@ def test_solved_examples_change_what_is_asked_and_are_drawn_by_the_seed(
 
 @needs_harness
 def test_fdb_and_packed_agree_and_equal_inputs_give_equal_bytes(
-    workshop: Workshop, fresh: Workshop, start: Artifact, folder: Folder
+    workshop: Workshop, fresh: Workshop, start: Artifact, folder: TaskFolder
 ) -> None:
     settings = folder.settings("numbers", "more")
     packed = workshop.make("pack", {"fdb": start})
@@ -168,11 +136,11 @@ def test_fdb_and_packed_agree_and_equal_inputs_give_equal_bytes(
 
 @needs_harness
 def test_task_files_count_by_their_bytes_and_not_their_path(
-    fresh: Workshop, llama: Artifact, folder: Folder, tmp_path: Path
+    fresh: Workshop, llama: Artifact, folder: TaskFolder, tmp_path: Path
 ) -> None:
     inputs = {"model": llama}
     made = fresh.make("eval-tasks", inputs, **folder.settings("more"))
-    copied = Folder(shutil.copytree(folder.path, tmp_path / "copied"))
+    copied = TaskFolder(shutil.copytree(folder.path, tmp_path / "copied"))
     (copied.path / "__pycache__").mkdir()
     (copied.path / "__pycache__" / "functions.pyc").write_bytes(b"made by Python")
     assert fresh.make("eval-tasks", inputs, **copied.settings("more")).path == made.path
@@ -188,7 +156,7 @@ def test_a_killed_run_goes_on_with_the_next_task(
     workshop: Workshop,
     fresh: Workshop,
     llama: Artifact,
-    folder: Folder,
+    folder: TaskFolder,
     killed_and_resumed: KilledAndResumed,
 ) -> None:
     settings = folder.settings("numbers", "more")
@@ -199,7 +167,7 @@ def test_a_killed_run_goes_on_with_the_next_task(
 
 @needs_harness
 def test_the_model_card_holds_the_accuracies_beside_the_teachers(
-    workshop: Workshop, llama: Artifact, start: Artifact, folder: Folder
+    workshop: Workshop, llama: Artifact, start: Artifact, folder: TaskFolder
 ) -> None:
     evals = [
         workshop.make("eval-tasks", {"model": model}, **folder.settings("numbers", **settings))
@@ -222,7 +190,7 @@ def test_the_model_card_holds_the_accuracies_beside_the_teachers(
 
 @needs_harness
 def test_stdout_carries_only_the_path_and_stderr_the_accuracies(
-    llama_folder: Path, folder: Folder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    llama_folder: Path, folder: TaskFolder, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     own = ["--include-path", str(folder.path), "--store", str(tmp_path / "store")]
     arguments = ["--tasks", "numbers,more", "--limit", "4", *own]
@@ -238,7 +206,7 @@ def test_stdout_carries_only_the_path_and_stderr_the_accuracies(
 
 @needs_harness
 def test_an_answer_longer_than_the_models_positions_is_told(
-    fresh: Workshop, llama: Artifact, folder: Folder
+    fresh: Workshop, llama: Artifact, folder: TaskFolder
 ) -> None:
     folder.add("long", [{"question": "Why", "choices": ["x" * 65, "y"], "gold": 0}])
     with pytest.raises(ConfigError, match="long has an answer of 66 tokens; the model has 64"):
@@ -247,7 +215,7 @@ def test_an_answer_longer_than_the_models_positions_is_told(
 
 @needs_harness
 def test_prompts_that_lose_their_beginning_are_counted(
-    fresh: Workshop, llama: Artifact, folder: Folder
+    fresh: Workshop, llama: Artifact, folder: TaskFolder
 ) -> None:
     long = {"question": "x" * 80, "choices": ["a", "b"], "gold": 0}
     folder.add("long", [*ITEMS[:2], long])
@@ -258,7 +226,7 @@ def test_prompts_that_lose_their_beginning_are_counted(
 
 @needs_harness
 def test_a_model_that_gives_no_numbers_is_told(
-    fresh: Workshop, llama: Artifact, folder: Folder, tmp_path: Path
+    fresh: Workshop, llama: Artifact, folder: TaskFolder, tmp_path: Path
 ) -> None:
     broken = with_changed_tensor(llama.path, tmp_path / "nan", "model.norm.weight", np.nan)
     with pytest.raises(StageFailedError, match="not finite"):

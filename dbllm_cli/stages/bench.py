@@ -17,6 +17,7 @@ from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import Model, load_model, model_folder, require_positions
 from dbllm_cli.llm.packed import PackedFolder
 from dbllm_cli.progress import Task
+from dbllm_cli.stages.compute_dtype import faster_dtype
 from dbllm_cli.stages.machine import processor
 from dbllm_cli.stages.peak_memory import measure_peak_memory
 from dbllm_cli.stages.spec import Context, Metrics
@@ -37,6 +38,11 @@ def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Me
         ConfigError: the packed artifact is a dense export.
     """
     dtype = getattr(torch, config.compute_dtype)
+    if dtype == torch.bfloat16 and faster_dtype(ctx.device) != dtype:
+        ctx.progress.note(
+            f"{ctx.device} is slower in bfloat16, which the dense model's prefill pays for: "
+            "--compute-dtype float32 measures it at its best"
+        )
     folders = {
         "dense": model_folder(inputs["model"], ctx.work, ctx.trust_remote_code),
         "packed": inputs["packed"].path,

@@ -12,6 +12,7 @@ from dbllm_cli.stages import bench
 from dbllm_cli.stages.peak_memory import measure_peak_memory
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
+from tests.stages.conftest import Notes
 from tests.tiny_models import planes_of
 
 SHORT: dict[str, Any] = {"prompt_tokens": 12, "decode_tokens": 3, "repeats": 3}
@@ -94,6 +95,31 @@ def test_the_weight_bytes_are_those_of_the_tensors_in_memory(
         assert expected <= metrics[name]["weight_bytes"] <= expected + 128
     in_use = kernels.instruction_set if compiled and kernels is not None else "reference"
     assert metrics["kernel"] == in_use
+
+
+@pytest.mark.parametrize(
+    ("dtype", "faster", "told"),
+    [
+        ("bfloat16", torch.float32, True),
+        ("bfloat16", torch.bfloat16, False),
+        ("float32", torch.float32, False),
+    ],
+)
+def test_a_baseline_that_bfloat16_makes_slow_is_told_of(
+    workshop: Workshop,
+    llama: Artifact,
+    packed: Artifact,
+    without_memory: None,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    faster: torch.dtype,
+    told: bool,
+) -> None:
+    monkeypatch.setattr("dbllm_cli.stages.bench.faster_dtype", lambda device: faster)
+    progress = Notes()
+    inputs = {"model": llama, "packed": packed}
+    workshop.run("bench", inputs, progress=progress, **SHORT, compute_dtype=dtype)
+    assert any("--compute-dtype float32" in note for note in progress.notes) is told
 
 
 def test_the_accounting_counts_ones_zeros_and_levels(outcome: Outcome, packed: Artifact) -> None:

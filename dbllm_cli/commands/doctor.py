@@ -16,6 +16,7 @@ import typer
 from dbllm_cli.commands.options import JsonOption, StoreOption
 from dbllm_cli.console import Console, size_text
 from dbllm_cli.errors import ConfigError, DbllmError
+from dbllm_cli.stages.machine import cpu_info
 from dbllm_cli.store import Store, resolve_model
 from dbllm_cli.store.store import DEFAULT_ROOT
 
@@ -117,21 +118,11 @@ def _dependencies() -> Iterator[Check]:
 
 
 def _processor() -> Check:
-    info = _cpu_info()
+    info = cpu_info()
     features = {*info.get("flags", "").split(), *info.get("Features", "").split()}
     name = info.get("model name") or platform.processor() or platform.machine()
     known = " ".join(feature for feature in _FEATURES if feature in features)
     return Check("processor", True, f"{name} ({known or 'no known features'})")
-
-
-def _cpu_info() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty where there is no such file."""
-    try:
-        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _threads() -> Check:

@@ -41,12 +41,18 @@ def peak_device_memory_mib(device: str) -> float | None:
     return float(torch.cuda.max_memory_allocated(device)) / 2**20
 
 
-def processor() -> str:
-    """The processor's name."""
+def cpu_info() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty where there is no such file."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def processor() -> str:
+    """The processor's name, and whether it has AMX, which virtual machines of one name may lack."""
+    info = cpu_info()
+    name = info.get("model name") or platform.processor() or platform.machine()
+    return f"{name} with AMX" if "amx_bf16" in info.get("flags", "").split() else name

@@ -22,8 +22,17 @@ def main() -> None:
     parser.add_argument("rows", type=Path, help="folder of the rows")
     options = parser.parse_args()
     rows = {path.stem: json.loads(path.read_text()) for path in options.rows.glob("*.json")}
+    require_same_items(rows)
     names = sorted(rows, key=lambda name: place(name, rows))
     print(perplexity_table(names, rows), accuracy_table(names, rows), sep="\n\n")
+
+
+def require_same_items(rows: dict[str, dict[str, Any]]) -> None:
+    """End with what each row is of, unless all are of the same items in the same dtype."""
+    tasks = {name: row["tasks"] for name, row in rows.items() if row["tasks"]}
+    if len({each["comparable"] for each in tasks.values()}) > 1:
+        told = "\n".join(f"{name}: {each['what']}" for name, each in sorted(tasks.items()))
+        raise SystemExit(f"rows of different tasks, items or dtypes:\n{told}")
 
 
 def place(name: str, rows: dict[str, dict[str, Any]]) -> tuple[str, bool, float]:

@@ -42,12 +42,15 @@ def begin_or_resume(ctx: Context, compute_dtype: str) -> torch.dtype:
         ]
         if changed:
             ctx.progress.note(f"resuming under another {', '.join(changed)}: the result is inexact")
-        return _dtype(begun["compute_dtype"])
+        # An older dbllm did not tell it, and knew no auto.
+        return _dtype(begun.get("compute_dtype", compute_dtype))
     if compute_dtype == "auto":
         compute_dtype = str(faster_dtype(ctx.device)).removeprefix("torch.")
         if compute_dtype == "float32":
             ctx.progress.note(f"products in float32: {ctx.device} is slower in bfloat16")
-    path.write_text(json.dumps(here | {"compute_dtype": compute_dtype}))
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(here | {"compute_dtype": compute_dtype}))
+    part.rename(path)
     return _dtype(compute_dtype)
 
 

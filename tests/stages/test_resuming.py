@@ -38,6 +38,13 @@ def test_a_run_that_goes_on_keeps_the_dtype_it_was_begun_with(
     assert begin_or_resume(context, "auto") == torch.bfloat16
 
 
+def test_a_run_that_an_older_dbllm_began_goes_on_in_the_dtype_of_its_settings(
+    context: Context,
+) -> None:
+    (context.scratch / "environment.json").write_text('{"device": "cpu"}')
+    assert begin_or_resume(context, "bfloat16") == torch.bfloat16
+
+
 def test_the_manifest_tells_which_dtype_it_was(fresh: Workshop, llama: Artifact) -> None:
     manifest = fresh.calibrate(fresh.model(llama.path), compute_dtype="bfloat16").manifest
     assert manifest["provenance"]["begun"]["compute_dtype"] == "bfloat16"

@@ -162,6 +162,13 @@ class ReconstructConfig(TrainConfig):
         description="latent weights go back towards where they start by this share of the way, "
         "divided by the steps and times the schedule, in every step",
     )
+    teacher_inputs: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the tokens that enter a block as the teacher has them, drawn anew in "
+        "every step; the others enter as the quantized blocks before it leave them",
+    )
     sensitivity_power: float = Field(
         0.3,
         ge=0,

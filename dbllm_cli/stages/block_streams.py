@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from dbllm_cli.fdb.losses import relative_token_error
@@ -64,6 +65,30 @@ def begin_streams(
     tensors, state = checkpoint
     report = cast(BlockReport, state["report"])
     return BlockStreams(tensors["teacher"], tensors["student"]), report
+
+
+def entering_batch(
+    streams: BlockStreams, chosen: Tensor, teacher_share: float, generator: torch.Generator
+) -> Tensor:
+    """What a batch enters the block with: tokens of the student's, some drawn from the teacher's.
+
+    As QDrop (arXiv 2203.05740) drops the rounding of inputs: a block that sees both learns to leave
+    what is right as it is, and is less fitted to the errors of this calibration.
+
+    Args:
+        streams: of all sequences.
+        chosen: int64 indices of the batch's sequences.
+        teacher_share: chance of a token to enter as the teacher has it.
+        generator: draws them.
+
+    Returns:
+        `[batch, tokens, hidden]` on the CPU.
+    """
+    student = streams.student[chosen]
+    if teacher_share == 0:
+        return student
+    drawn = torch.rand(student.shape[:-1], generator=generator) < teacher_share
+    return torch.where(drawn.unsqueeze(-1), streams.teacher[chosen], student)
 
 
 def keep_streams(scratch: Path, streams: BlockStreams, report: BlockReport) -> None:

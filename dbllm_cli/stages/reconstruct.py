@@ -22,6 +22,7 @@ from dbllm_cli.stages.block_streams import (
     BlockReport,
     BlockStreams,
     begin_streams,
+    entering_batch,
     finished_layers,
     keep_layers,
     keep_streams,
@@ -124,15 +125,15 @@ class _BlockTraining:
         """Train one block; the streams move on to its outputs."""
         batch_size = self.config.batch_size
         teacher = self.model.load_block(index)
-        streams.teacher = targets = self._targets(index, teacher, streams, task)
+        targets = self._targets(index, teacher, streams, task)
         streams.ahead = None
         block, layers = self._student_block(index, teacher)
         self.model.drop_block(index)
         before = self._error_before(index, block, streams.student, targets)
         window = [self._matched(index, block, targets)]
         if layers:
-            window += self._following(index, streams)
-            self._optimize(window, layers, streams.student, task)
+            window += self._following(index, targets, streams)
+            self._optimize(window, layers, streams, task)
         for following in window[1:]:
             self.model.drop_block(following.place)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
@@ -143,7 +144,7 @@ class _BlockTraining:
         after = mean_error(output, targets, batch_size)
         latents = {name: layer.latent for name, layer in layers.items()}
         keep_layers(self.ctx.scratch, index, quantized, latents)
-        streams.student = output
+        streams.teacher, streams.student = targets, output
         return {"error_before": round(before, 6), "error_after": round(after, 6)}
 
     def _targets(self, index: int, teacher: nn.Module, streams: BlockStreams, task: Task) -> Tensor:
@@ -155,13 +156,13 @@ class _BlockTraining:
             index, teacher, streams.teacher, self.config.batch_size, task.advance
         )
 
-    def _following(self, index: int, streams: BlockStreams) -> list[_Matched]:
+    def _following(self, index: int, entering: Tensor, streams: BlockStreams) -> list[_Matched]:
         """The next block, where the window has two and the model goes on."""
         following = index + 1
         if self.config.window == 1 or following == len(self.model.blocks):
             return []
         block, batch_size = self.model.load_block(following), self.config.batch_size
-        streams.ahead = self.model.run_all(following, block, streams.teacher, batch_size)
+        streams.ahead = self.model.run_all(following, block, entering, batch_size)
         return [self._matched(following, block, streams.ahead)]
 
     def _matched(self, index: int, block: nn.Module, targets: Tensor) -> _Matched:
@@ -217,19 +218,22 @@ class _BlockTraining:
         self,
         window: list[_Matched],
         layers: Mapping[str, LatentLinear],
-        entering: Tensor,
+        entering: BlockStreams,
         task: Task,
     ) -> None:
         """Train the layers of the first block of the window."""
-        index, total = window[0].place, self.steps(len(entering))
+        index, samples = window[0].place, len(entering.student)
+        total = self.steps(samples)
+        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + index)
         optimizer = RelativeAdamW(
             layers,
             self.config.latent_lr,
             self.config.scale_lr,
             latent_decay=self.config.latent_decay / total,
         )
-        for step, chosen in enumerate(self._batches(index, len(entering))):
-            loss = self._window_loss(window, entering, chosen)
+        for step, chosen in enumerate(self._batches(index, samples)):
+            hidden = entering_batch(entering, chosen, self.config.teacher_inputs, generator)
+            loss = self._window_loss(window, hidden, chosen)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise StageFailedError(
@@ -243,7 +247,7 @@ class _BlockTraining:
     def _window_loss(self, window: list[_Matched], entering: Tensor, chosen: Tensor) -> Tensor:
         """The sum of the errors of a batch after every block of the window."""
         device = self.ctx.device
-        hidden, loss = entering[chosen].to(device), torch.zeros((), device=device)
+        hidden, loss = entering.to(device), torch.zeros((), device=device)
         for matched in window:
             hidden = self.model.run_block(matched.place, matched.block, hidden)
             targets = matched.targets[chosen].to(device)

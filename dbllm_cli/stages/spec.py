@@ -104,7 +104,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "reconstruct",
-            6,
+            7,
             configs.ReconstructConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",

@@ -35,6 +35,11 @@ def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.path / "model.safetensors")
 
 
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Mean over tokens of the square error of hidden states, relative to their squares."""
+    return float(((found - exact).square().sum(-1) / exact.square().sum(-1)).mean())
+
+
 def block_errors(fdb: Artifact, folder: Path, ids: torch.Tensor) -> list[float]:
     """Mean over tokens of the relative square error of each block's output, in the whole model.
 
@@ -48,10 +53,7 @@ def block_errors(fdb: Artifact, folder: Path, ids: torch.Tensor) -> list[float]:
         with torch.no_grad():
             model(ids)
         outputs.append([o[0] if isinstance(o, tuple) else o for o in seen])
-    return [
-        float(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
-        for theirs, ours in zip(*outputs, strict=True)
-    ]
+    return [relative_error(ours, theirs) for theirs, ours in zip(*outputs, strict=True)]
 
 
 def test_every_blocks_output_comes_nearer_to_the_teachers(
@@ -87,8 +89,24 @@ def test_a_window_of_two_blocks_serves_the_full_precision_block_after_it(
         teacher, mixed = (load_model(llama_folder, torch.float32) for _ in range(2))
         mixed.model.layers[0] = load_model(fdb.path, torch.float32).model.layers[0]
         exact, found = (hidden_after(model, ids, 1) for model in (teacher, mixed))
-        errors.append(float(((found - exact).square().sum(-1) / exact.square().sum(-1)).mean()))
+        errors.append(relative_error(found, exact))
     assert errors[1] < errors[0]
+
+
+def test_a_block_trained_on_the_teachers_tokens_serves_them_and_not_the_students(
+    workshop: Workshop, training: dict[str, Artifact], llama_folder: Path, ids: torch.Tensor
+) -> None:
+    in_teacher, in_student = [], []
+    exact = hidden_after(load_model(llama_folder, torch.float32), ids, 1)
+    for share in (0.0, 0.5, 1.0):
+        settings = SETTINGS | {"window": 1, "teacher_inputs": share}
+        fdb = workshop.make("reconstruct", training, **settings)
+        teacher, student = (load_model(p, torch.float32) for p in (llama_folder, fdb.path))
+        in_student.append(relative_error(hidden_after(student, ids, 1), exact))
+        teacher.model.layers[1] = student.model.layers[1]
+        in_teacher.append(relative_error(hidden_after(teacher, ids, 1), exact))
+    assert in_teacher[0] > in_teacher[1] > in_teacher[2]
+    assert in_student[0] < in_student[1] < in_student[2]
 
 
 def test_latent_decay_leaves_more_weights_in_the_cells_where_they_start(
@@ -117,7 +135,7 @@ def test_errors_to_which_the_predictions_are_sensitive_become_smaller(
     fisher = fishers(llama_folder, ids)[1]
     teacher = hidden_after(load_model(llama_folder, torch.float32), ids, 1)
     plain, weighed = [], []
-    freely = SETTINGS | {"latent_decay": 0.0, "window": 1}
+    freely = SETTINGS | {"latent_decay": 0.0, "window": 1, "teacher_inputs": 0.0}
     for power in (0.0, 1.0):
         fdb = workshop.make("reconstruct", training, **freely, sensitivity_power=power)
         error = hidden_after(load_model(fdb.path, torch.float32), ids, 1) - teacher

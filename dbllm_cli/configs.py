@@ -173,7 +173,15 @@ class ReconstructConfig(TrainConfig):
         0.3,
         ge=0,
         le=1,
-        description="errors of a block's output count by its Fisher matrix to this power; 0: alike",
+        description="errors of a block's output count, by direction, by its Fisher matrix to this "
+        "power; 0: alike",
+    )
+    position_power: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="errors of a token count by how much predictions feel those of its position, "
+        "most of all the first, to this power; 0: alike",
     )
 
 

@@ -1,6 +1,6 @@
-"""The losses: relative block error for reconstruct; KD, DAD and next-token for distill.
+"""The losses of distill: KD, DAD and next-token.
 
-The distillation losses work token by token on chunks of the final hidden states, so that the
+They work token by token on chunks of the final hidden states, so that the
 logits of a whole batch never exist at once. The weights of a sequence depend on all its tokens, so
 DAD goes through the logits twice.
 """
@@ -19,45 +19,6 @@ Head = Callable[[Tensor], Tensor]
 
 CHUNK_TOKENS = 512
 """Tokens whose logits exist at once."""
-
-
-def relative_token_error(output: Tensor, target: Tensor, metric: Tensor | None = None) -> Tensor:
-    """Mean over tokens of ‖output − target‖² / ‖target‖², or of errorᵀ·metric·error / ‖target‖².
-
-    A plain mean square serves the first token alone: its hidden state is so large in LLaMA-like
-    models that it is nearly all of the error.
-
-    Args:
-        output: a block's output `[..., hidden]`.
-        target: the full-precision block's output, the same shape.
-        metric: float32 `[hidden, hidden]`, as `error_metric` gives it; the identity when absent.
-
-    Returns:
-        float32 scalar.
-    """
-    target = target.to(torch.float32)
-    error = output.to(torch.float32) - target
-    measured = error if metric is None else error @ metric
-    return ((error * measured).sum(-1) / target.square().sum(-1).clamp(min=1e-12)).mean()
-
-
-def error_metric(sensitivity: Tensor, power: float) -> Tensor:
-    """The metric of a block's output errors: its Fisher matrix to a power, its mean eigenvalue 1.
-
-    The whole matrix would say what a small error of this block alone costs. Errors are large and
-    later blocks train on what they leave: a root of it, less far from the identity, serves better.
-
-    Args:
-        sensitivity: symmetric, not negative, `[hidden, hidden]`.
-        power: 0 gives the identity.
-
-    Returns:
-        float32 `[hidden, hidden]`.
-    """
-    values, vectors = torch.linalg.eigh(sensitivity)
-    values = values.clamp(min=max(1e-6 * float(values.mean()), 1e-30)) ** power
-    metric: Tensor = (vectors * (values / values.mean())) @ vectors.T
-    return metric
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How much a model's predictions change with each direction of its blocks' outputs."""
+"""How much a model's predictions change with its blocks' outputs, by direction and position."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from dbllm_cli.fdb.block_error import Sensitivity
 from dbllm_cli.llm.blocks import logits_after
 from dbllm_cli.llm.streaming import StreamedModel
 from dbllm_cli.progress import Task
@@ -13,11 +14,12 @@ from dbllm_cli.progress import Task
 
 def output_sensitivities(
     model: StreamedModel, sequences: Tensor, batch_size: int, seed: int, task: Task
-) -> Iterator[tuple[int, Tensor]]:
-    """The Fisher matrix of every block's output, to first order in a small relative change of it.
+) -> Iterator[tuple[int, Sensitivity]]:
+    """The Fisher matrices of every block's output, to first order in a small relative change of it.
 
-    The mean over tokens of g·gᵀ, where g is the gradient, to the token's hidden state over its
-    norm, of the cross-entropy of all tokens to labels drawn from the model's own predictions.
+    The mean of g·gᵀ, where g is the gradient, to a token's hidden state over its norm, of the
+    cross-entropy of all tokens to labels drawn from the model's own predictions. The first token's
+    would be most of a mean over all tokens: it has a trace of its own, as every position has.
 
     Args:
         model: the teacher; blocks run and are dropped one by one, forward and then backward.
@@ -27,7 +29,7 @@ def output_sensitivities(
         task: advanced by n for each block, forward and backward.
 
     Yields:
-        Index of the block, the last one first, and float32 `[hidden, hidden]`.
+        Index of the block, the last one first, and its sensitivity.
     """
     states = [model.enter(sequences, batch_size)]
     for index in range(len(model.blocks)):
@@ -36,18 +38,21 @@ def output_sensitivities(
         model.drop_block(index)
     gradient = _gradient_of_predictions(model, states[-1], seed)
     for index in reversed(range(len(model.blocks))):
-        yield index, _mean_outer_product(gradient, states.pop(), model.device)
+        yield index, _sensitivity(gradient, states.pop(), model.device)
         if index:
             gradient = _gradient_before(model, index, states[-1], gradient, batch_size)
         task.advance(len(sequences))
 
 
-def _mean_outer_product(gradient: Tensor, output: Tensor, device: str) -> Tensor:
-    """Of the gradients to hidden states over their norms, in float32."""
+def _sensitivity(gradient: Tensor, output: Tensor, device: str) -> Sensitivity:
+    """From the gradients to hidden states `[n, tokens, hidden]`, in float32 on the CPU."""
     norms = output.to(torch.float32).norm(dim=-1, keepdim=True)
-    weighted = (gradient.to(torch.float32) * norms).flatten(0, 1).to(device)
-    mean: Tensor = weighted.t() @ weighted / len(weighted)
-    return mean.cpu()
+    relative = gradient.to(torch.float32) * norms
+    traces = relative.square().sum(-1).mean(0)
+    alike = relative / traces.clamp(min=1e-30).sqrt().unsqueeze(-1)
+    rows = alike.flatten(0, 1).to(device)
+    directions: Tensor = rows.t() @ rows / len(rows)
+    return Sensitivity(directions.cpu(), traces.cpu())
 
 
 @torch.enable_grad()

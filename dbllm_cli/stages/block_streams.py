@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from dbllm_cli.fdb.losses import relative_token_error
+from dbllm_cli.fdb.block_error import relative_token_error
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.llm.blocks import layer_shape

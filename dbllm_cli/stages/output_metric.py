@@ -3,11 +3,12 @@
 import math
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dbllm_cli.configs import ReconstructConfig
 from dbllm_cli.errors import StageFailedError
-from dbllm_cli.fdb.losses import error_metric
+from dbllm_cli.fdb.block_error import ErrorMetric, Sensitivity, error_metric
 from dbllm_cli.llm.sensitivity import output_sensitivities
 from dbllm_cli.llm.streaming import StreamedModel
 from dbllm_cli.llm.tensors import TensorFolder
@@ -24,7 +25,7 @@ def keep_metrics(
     """Write the metric of every block's output errors to the scratch, unless it is there.
 
     Args:
-        config: without a `sensitivity_power` nothing is done.
+        config: without a power nothing is done.
         model: the teacher.
         sequences: int64 token ids `[n, tokens]`; the first ones are enough.
         ctx: of the stage.
@@ -33,27 +34,34 @@ def keep_metrics(
         StageFailedError: the teacher's gradients are not finite.
     """
     # The last block's comes first: with the first block's all are there.
-    if not config.sensitivity_power or _file(ctx.scratch, 0).is_file():
+    if not _weighs(config) or _file(ctx.scratch, 0).is_file():
         return
     few = sequences[: math.ceil(_TOKENS / sequences.shape[1])]
     with ctx.progress.task(
         "sensitivity", 2 * len(few) * len(model.blocks), unit="sequences"
     ) as task:
-        for index, matrix in output_sensitivities(model, few, config.batch_size, config.seed, task):
-            if not matrix.isfinite().all():
+        for index, found in output_sensitivities(model, few, config.batch_size, config.seed, task):
+            if not torch.isfinite(found.directions).all():
                 raise StageFailedError(
                     f"reconstruct: the teacher's gradients at block {index} are not finite",
-                    "use --compute-dtype float32, or --sensitivity-power 0",
+                    "use --compute-dtype float32, or --sensitivity-power 0 --position-power 0",
                 )
-            metric = error_metric(matrix.to(ctx.device), config.sensitivity_power)
-            keep_tensors({"metric": metric}, _file(ctx.scratch, index))
+            on_device = Sensitivity(found.directions.to(ctx.device), found.positions.to(ctx.device))
+            powers = config.sensitivity_power, config.position_power
+            metric = error_metric(on_device, *powers)
+            keep_tensors(vars(metric), _file(ctx.scratch, index))
 
 
-def output_metric(config: ReconstructConfig, index: int, ctx: Context) -> Tensor | None:
-    """The metric of a block's output errors, float32 `[hidden, hidden]` on the device, or None."""
-    if not config.sensitivity_power:
+def output_metric(config: ReconstructConfig, index: int, ctx: Context) -> ErrorMetric | None:
+    """The metric of a block's output errors on the device, or None."""
+    if not _weighs(config):
         return None
-    return TensorFolder(ctx.scratch, _file(ctx.scratch, index).stem).get("metric").to(ctx.device)
+    kept = TensorFolder(ctx.scratch, _file(ctx.scratch, index).stem)
+    return ErrorMetric(*(kept.get(name).to(ctx.device) for name in ("directions", "positions")))
+
+
+def _weighs(config: ReconstructConfig) -> bool:
+    return config.sensitivity_power > 0 or config.position_power > 0
 
 
 def _file(scratch: Path, index: int) -> Path:

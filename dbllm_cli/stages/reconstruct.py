@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dbllm_cli.configs import ReconstructConfig
 from dbllm_cli.errors import StageFailedError
-from dbllm_cli.fdb.losses import relative_token_error
+from dbllm_cli.fdb.block_error import ErrorMetric, relative_token_error
 from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
 from dbllm_cli.fdb.training import LatentLinear
 from dbllm_cli.llm.blocks import layer_shape
@@ -52,7 +52,7 @@ class _Matched(NamedTuple):
     place: int
     block: nn.Module
     targets: Tensor
-    metric: Tensor | None
+    metric: ErrorMetric | None
 
 
 def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:

@@ -10,8 +10,6 @@ from dbllm_cli.fdb.losses import (
     Heads,
     LossAndGradient,
     distillation_loss,
-    error_metric,
-    relative_token_error,
 )
 
 BATCH, TOKENS, HIDDEN, VOCABULARY = 2, 7, 6, 11
@@ -191,63 +189,3 @@ def test_the_gradient_has_the_dtype_of_the_hidden_states_and_the_loss_is_float32
     assert torch.allclose(
         result.gradient.float(), reference, atol=2e-2 * float(reference.abs().max())
     )
-
-
-def test_the_relative_error_is_the_mean_of_each_token_s_error_over_its_own_size() -> None:
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randn(2, 5, 8, generator=generator)
-    target[:, 0] *= 1000
-    output = target + torch.randn(2, 5, 8, generator=generator)
-    o, t = output.double(), target.double()
-    expected = sum(
-        float(((o[s, i] - t[s, i]) ** 2).sum() / (t[s, i] ** 2).sum())
-        for s in range(2)
-        for i in range(5)
-    )
-    assert float(relative_token_error(output, target)) == pytest.approx(expected / 10, rel=1e-4)
-
-
-def test_the_relative_error_of_bfloat16_outputs_is_summed_in_float32() -> None:
-    target = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    error = relative_token_error(target * 1.5, target)
-    assert error.dtype == torch.float32
-    assert float(error) == pytest.approx(0.25, rel=2e-2)
-
-
-def test_a_token_of_zeros_does_not_make_the_relative_error_infinite() -> None:
-    assert torch.isfinite(relative_token_error(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)))
-
-
-def _not_negative(size: int) -> Tensor:
-    factor = torch.randn(
-        size, size, generator=torch.Generator().manual_seed(4), dtype=torch.float64
-    )
-    return factor @ factor.T
-
-
-def test_the_metric_is_a_power_of_the_matrix_with_eigenvalues_around_one() -> None:
-    matrix = _not_negative(5)
-    assert torch.allclose(error_metric(matrix, 0.0), torch.eye(5, dtype=torch.float64))
-    whole = error_metric(matrix, 1.0)
-    assert torch.allclose(whole, matrix / matrix.trace() * 5)
-    root = error_metric(matrix, 0.5)
-    assert float(root.trace()) == pytest.approx(5)
-    squared = root @ root
-    assert torch.allclose(squared, matrix * (squared.trace() / matrix.trace()))
-
-
-def test_no_sensitivity_at_all_gives_the_identity() -> None:
-    assert torch.allclose(error_metric(torch.zeros(3, 3), 0.5), torch.eye(3))
-
-
-def test_a_metric_weighs_the_directions_of_the_error() -> None:
-    generator = torch.Generator().manual_seed(0)
-    output, target = torch.randn(2, 1, 10, 4, generator=generator, dtype=torch.float64)
-    metric = _not_negative(4)
-    expected = 0.0
-    for token in range(10):
-        error = output[0, token] - target[0, token]
-        weighed = sum(float(error[i] * metric[i, j] * error[j]) for i in range(4) for j in range(4))
-        expected += weighed / float(target[0, token] @ target[0, token])
-    found = relative_token_error(output, target, metric.float())
-    assert float(found) == pytest.approx(expected / 10, rel=1e-4)

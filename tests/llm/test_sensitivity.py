@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dbllm_cli.fdb.block_error import Sensitivity
 from dbllm_cli.llm import sensitivity
 from dbllm_cli.llm.blocks import logits_after
 from dbllm_cli.llm.sensitivity import drawn_labels, output_sensitivities
@@ -17,7 +18,7 @@ from tests.llm.conftest import random_model
 from tests.llm.test_blocks import FAMILIES
 
 
-def _streamed(folder: Path, ids: Tensor, batch_size: int = 2) -> dict[int, Tensor]:
+def _streamed(folder: Path, ids: Tensor, batch_size: int = 2) -> dict[int, Sensitivity]:
     task = SilentProgress().task("sensitivity", 6 * len(ids))
     with task as begun:
         return dict(output_sensitivities(StreamedModel(folder, "cpu"), ids, batch_size, 0, begun))
@@ -30,7 +31,7 @@ def _saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model
 
 
-def _expected(model: Any, ids: Tensor, labels: Tensor) -> list[Tensor]:
+def _expected(model: Any, ids: Tensor, labels: Tensor) -> list[Sensitivity]:
     """From the gradients that the whole model gives in float64."""
     model, outputs = model.double(), []
 
@@ -47,15 +48,20 @@ def _expected(model: Any, ids: Tensor, labels: Tensor) -> list[Tensor]:
         hook.remove()
     chosen = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1))
     (-chosen.sum()).backward()
-    matrices = []
+    found = []
+    sequences, tokens = ids.shape
     for output in outputs:
-        found = torch.zeros(output.shape[-1], output.shape[-1], dtype=torch.float64)
-        for hidden, gradient in zip(
-            output.detach().flatten(0, 1), output.grad.flatten(0, 1), strict=True
-        ):
-            found += torch.outer(gradient, gradient) * hidden.square().sum()
-        matrices.append(found / ids.numel())
-    return matrices
+        size = output.shape[-1]
+        of_position = torch.zeros(tokens, size, size, dtype=torch.float64)
+        for sequence in range(sequences):
+            for token in range(tokens):
+                gradient, hidden = output.grad[sequence, token], output.detach()[sequence, token]
+                fisher = torch.outer(gradient, gradient) * hidden.square().sum()
+                of_position[token] += fisher / sequences
+        traces = torch.stack([matrix.trace() for matrix in of_position])
+        directions = sum(m / t for m, t in zip(of_position, traces, strict=True)) / tokens
+        found.append(Sensitivity(directions, traces))
+    return found
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
@@ -77,8 +83,9 @@ def test_the_matrices_are_those_of_the_whole_model_s_gradients(
     found = _streamed(tmp_path, ids, batch_size)
     expected = _expected(type(llama).from_pretrained(tmp_path), ids, labels)
     assert list(found) == [2, 1, 0]
-    for index, matrix in enumerate(expected):
-        assert torch.allclose(found[index].double(), matrix, rtol=1e-3, atol=1e-5 * matrix.max())
+    for index, exact in enumerate(expected):
+        for ours, theirs in zip(vars(found[index]).values(), vars(exact).values(), strict=True):
+            assert torch.allclose(ours.double(), theirs, rtol=1e-3, atol=1e-5 * theirs.max())
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
@@ -87,10 +94,12 @@ def test_every_family_has_sensitivities_and_the_same_ones_twice(
 ) -> None:
     _saved(random_model(config), tmp_path)
     found, again = _streamed(tmp_path, ids), _streamed(tmp_path, ids)
-    for index, matrix in found.items():
-        assert torch.isfinite(matrix).all()
-        assert matrix.diagonal().sum() > 0
-        assert torch.equal(matrix, again[index])
+    for index, felt in found.items():
+        assert torch.isfinite(felt.directions).all()
+        assert felt.directions.trace() == pytest.approx(1, rel=1e-3)
+        assert (felt.positions > 0).all()
+        assert torch.equal(felt.directions, again[index].directions)
+        assert torch.equal(felt.positions, again[index].positions)
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)

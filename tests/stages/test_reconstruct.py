@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from dbllm_cli.errors import StageFailedError
+from dbllm_cli.fdb.block_error import Sensitivity
 from dbllm_cli.llm.models import load_model
 from dbllm_cli.llm.sensitivity import output_sensitivities
 from dbllm_cli.llm.streaming import StreamedModel
@@ -121,7 +122,7 @@ def test_latent_decay_leaves_more_weights_in_the_cells_where_they_start(
     assert moved[0] > 1.1 * moved[1] > 1.1 * moved[2] > 0
 
 
-def fishers(folder: Path, ids: torch.Tensor) -> dict[int, torch.Tensor]:
+def sensitivities(folder: Path, ids: torch.Tensor) -> dict[int, Sensitivity]:
     with SilentProgress().task("sensitivity", 1) as task:
         return dict(output_sensitivities(StreamedModel(folder, "cpu"), ids, 3, 0, task))
 
@@ -132,16 +133,17 @@ def test_errors_to_which_the_predictions_are_sensitive_become_smaller(
     llama_folder: Path,
     ids: torch.Tensor,
 ) -> None:
-    fisher = fishers(llama_folder, ids)[1]
+    felt = sensitivities(llama_folder, ids)[1]
     teacher = hidden_after(load_model(llama_folder, torch.float32), ids, 1)
     plain, weighed = [], []
     freely = SETTINGS | {"latent_decay": 0.0, "window": 1, "teacher_inputs": 0.0}
     for power in (0.0, 1.0):
-        fdb = workshop.make("reconstruct", training, **freely, sensitivity_power=power)
+        powers = {"sensitivity_power": power, "position_power": power}
+        fdb = workshop.make("reconstruct", training, **freely, **powers)
         error = hidden_after(load_model(fdb.path, torch.float32), ids, 1) - teacher
         error = error / teacher.norm(dim=-1, keepdim=True)
         plain.append(float(error.square().sum()))
-        weighed.append(float(((error @ fisher) * error).sum()))
+        weighed.append(float((((error @ felt.directions) * error).sum(-1) * felt.positions).sum()))
     assert weighed[1] < 0.97 * weighed[0]
     assert plain[1] > plain[0]
 
@@ -158,11 +160,11 @@ def test_killed_among_the_metrics_it_ends_with_the_same_bytes(
 def test_gradients_of_the_teacher_that_are_no_numbers_end_the_stage(
     fresh: Workshop, training: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = [(1, torch.full((2, 2), torch.nan))]
+    nothing = [(1, Sensitivity(torch.full((2, 2), torch.nan), torch.full((3,), torch.nan)))]
     monkeypatch.setattr(output_metric, "output_sensitivities", lambda *_: nothing)
     with pytest.raises(StageFailedError, match="gradients at block 1") as caught:
         fresh.make("reconstruct", training, **SETTINGS)
-    assert "--sensitivity-power 0" in caught.value.hint
+    assert "--sensitivity-power 0 --position-power 0" in caught.value.hint
 
 
 def hidden_after(model: Any, ids: torch.Tensor, block: int) -> torch.Tensor:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.store import Artifact
@@ -24,6 +26,12 @@ class Notes(SilentProgress):
 
     def note(self, message: str) -> None:
         self.notes.append(message)
+
+
+@pytest.fixture
+def ids(calibration: Artifact) -> torch.Tensor:
+    """The sequences that are trained on."""
+    return load_file(calibration.path / "tokens.safetensors")["train"].long()
 
 
 @pytest.fixture

@@ -6,14 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from dbllm_cli.errors import StageFailedError
-from dbllm_cli.fdb.block_error import Sensitivity
 from dbllm_cli.llm.models import load_model
-from dbllm_cli.llm.sensitivity import output_sensitivities
-from dbllm_cli.llm.streaming import StreamedModel
-from dbllm_cli.progress import SilentProgress
-from dbllm_cli.stages import output_metric
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
+from tests.stages.block_outputs import block_errors, hidden_after, relative_error
 from tests.stages.conftest import KilledAndResumed
 from tests.tiny_models import dequantized, levels_of
 
@@ -26,35 +22,8 @@ def reconstructed(workshop: Workshop, training: dict[str, Artifact]) -> Artifact
     return workshop.make("reconstruct", training, **SETTINGS)
 
 
-@pytest.fixture
-def ids(calibration: Artifact) -> torch.Tensor:
-    """The sequences that are trained on."""
-    return load_file(calibration.path / "tokens.safetensors")["train"].long()
-
-
 def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.path / "model.safetensors")
-
-
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Mean over tokens of the square error of hidden states, relative to their squares."""
-    return float(((found - exact).square().sum(-1) / exact.square().sum(-1)).mean())
-
-
-def block_errors(fdb: Artifact, folder: Path, ids: torch.Tensor) -> list[float]:
-    """Mean over tokens of the relative square error of each block's output, in the whole model.
-
-    The output of the last block is read before the final norm.
-    """
-    outputs: list[list[torch.Tensor]] = []
-    for path in (folder, fdb.path):
-        model, seen = load_model(path, torch.float32), []
-        for block in model.model.layers:
-            block.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
-        with torch.no_grad():
-            model(ids)
-        outputs.append([o[0] if isinstance(o, tuple) else o for o in seen])
-    return [relative_error(ours, theirs) for theirs, ours in zip(*outputs, strict=True)]
 
 
 def test_every_blocks_output_comes_nearer_to_the_teachers(
@@ -120,60 +89,6 @@ def test_latent_decay_leaves_more_weights_in_the_cells_where_they_start(
         planes = [name for name in before if before[name].dtype == torch.uint8]
         moved.append(sum(int((before[name] != after[name]).sum()) for name in planes))
     assert moved[0] > 1.1 * moved[1] > 1.1 * moved[2] > 0
-
-
-def sensitivities(folder: Path, ids: torch.Tensor) -> dict[int, Sensitivity]:
-    with SilentProgress().task("sensitivity", 1) as task:
-        return dict(output_sensitivities(StreamedModel(folder, "cpu"), ids, 3, 0, task))
-
-
-def test_errors_to_which_the_predictions_are_sensitive_become_smaller(
-    workshop: Workshop,
-    training: dict[str, Artifact],
-    llama_folder: Path,
-    ids: torch.Tensor,
-) -> None:
-    felt = sensitivities(llama_folder, ids)[1]
-    teacher = hidden_after(load_model(llama_folder, torch.float32), ids, 1)
-    plain, weighed = [], []
-    freely = SETTINGS | {"latent_decay": 0.0, "window": 1, "teacher_inputs": 0.0}
-    for power in (0.0, 1.0):
-        powers = {"sensitivity_power": power, "position_power": power}
-        fdb = workshop.make("reconstruct", training, **freely, **powers)
-        error = hidden_after(load_model(fdb.path, torch.float32), ids, 1) - teacher
-        error = error / teacher.norm(dim=-1, keepdim=True)
-        plain.append(float(error.square().sum()))
-        weighed.append(float((((error @ felt.directions) * error).sum(-1) * felt.positions).sum()))
-    assert weighed[1] < 0.97 * weighed[0]
-    assert plain[1] > plain[0]
-
-
-def test_killed_among_the_metrics_it_ends_with_the_same_bytes(
-    killed_and_resumed: KilledAndResumed, training: dict[str, Artifact], reconstructed: Artifact
-) -> None:
-    resumed = killed_and_resumed(
-        "reconstruct", training, ".scratch/*/metric-1.safetensors", **SETTINGS
-    )
-    assert resumed.digest == reconstructed.digest
-
-
-def test_gradients_of_the_teacher_that_are_no_numbers_end_the_stage(
-    fresh: Workshop, training: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nothing = [(1, Sensitivity(torch.full((2, 2), torch.nan), torch.full((3,), torch.nan)))]
-    monkeypatch.setattr(output_metric, "output_sensitivities", lambda *_: nothing)
-    with pytest.raises(StageFailedError, match="gradients at block 1") as caught:
-        fresh.make("reconstruct", training, **SETTINGS)
-    assert "--sensitivity-power 0 --position-power 0" in caught.value.hint
-
-
-def hidden_after(model: Any, ids: torch.Tensor, block: int) -> torch.Tensor:
-    seen: list[Any] = []
-    model.model.layers[block].register_forward_hook(lambda *call: seen.append(call[-1]))
-    with torch.no_grad():
-        model(ids)
-    hidden: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    return hidden
 
 
 def test_a_student_with_embeddings_of_its_own_is_trained_on_what_they_give(

@@ -1,8 +1,8 @@
 """The losses of distill: KD, DAD and next-token.
 
-They work token by token on chunks of the final hidden states, so that the
-logits of a whole batch never exist at once. The weights of a sequence depend on all its tokens, so
-DAD goes through the logits twice.
+They work token by token on chunks of the final hidden states, so that the logits of a whole batch
+never exist at once. The weights of a sequence depend on all its tokens, so DAD goes through the
+logits twice.
 """
 
 from collections.abc import Callable, Iterator

@@ -47,8 +47,7 @@ def keep_metrics(
                     "use --compute-dtype float32, or --sensitivity-power 0 --position-power 0",
                 )
             on_device = Sensitivity(found.directions.to(ctx.device), found.positions.to(ctx.device))
-            powers = config.sensitivity_power, config.position_power
-            metric = error_metric(on_device, *powers)
+            metric = error_metric(on_device, config.sensitivity_power, config.position_power)
             keep_tensors(vars(metric), _file(ctx.scratch, index))
 
 

@@ -1,0 +1,104 @@
+"""Settings of the stages that make a quantized model without training it."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dbllm_cli.configs.base import (
+    COMPUTE_OR_AUTO,
+    SEED,
+    ComputeDtypeOrAuto,
+    StageConfig,
+    TextConfig,
+)
+
+
+class CalibrateConfig(TextConfig):
+    """Settings of `calibrate`."""
+
+    source: Literal["generate", "text"] = Field(
+        "generate",
+        description="generate: the teacher writes the text itself; text: from text or dataset",
+    )
+    num_samples: int = Field(128, gt=0, description="number of training sequences")
+    sequence_length: int = Field(512, gt=1, description="tokens per sequence")
+    held_out: int = Field(
+        8, ge=0, description="further sequences kept for evaluation, never trained on"
+    )
+    batch_size: int = Field(32, gt=0, description="sequences generated or run at once")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of generated text")
+    top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens; 0: among all")
+    greedy_tokens: int = Field(4, ge=0, description="tokens taken greedily after the start token")
+    compute_dtype: ComputeDtypeOrAuto = Field("auto", description=COMPUTE_OR_AUTO)
+    seed: int = Field(0, ge=0, description=SEED)
+
+    @model_validator(mode="after")
+    def _source_has_text(self) -> "CalibrateConfig":
+        named = self.text is not None or self.dataset is not None
+        if self.source == "text" and not named:
+            raise ValueError("source text needs text (a file or folder) or dataset (a name)")
+        if self.source == "generate" and named:
+            raise ValueError(
+                "source generate reads no text: set source to text, or drop text and dataset"
+            )
+        return self
+
+
+class InitFdbConfig(StageConfig):
+    """Settings of `init-fdb`."""
+
+    method: Literal["als", "gptq", "mse", "paper"] = Field(
+        "als",
+        description="als: least squares weighted by the calibration; gptq: errors compensated "
+        "layer by layer; mse: best step per group; paper: max|w|/2",
+    )
+    group_size: int = Field(64, gt=0, multiple_of=8, description="inputs that share their scales")
+    levels: Literal["offset", "plain", "tied"] = Field(
+        "offset",
+        description="of a group: offset: moved by a third number, all in 16 bits; plain: the "
+        "paper's, two float16 scales; tied: one, -d, 0, d, 2d as GGUF's Q2_0 has them",
+    )
+    include: tuple[str, ...] = Field(
+        ("*",), description="shell wildcards on module names: linear layers to quantize"
+    )
+    exclude: tuple[str, ...] = Field(
+        (), description="shell wildcards on module names to leave alone"
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="dtype of the tensors that are not quantized"
+    )
+    num_samples: int | None = Field(
+        None, gt=0, description="gptq: use only the first sequences of the calibration"
+    )
+    batch_size: int = Field(4, gt=0, description="gptq: sequences run at once")
+    compute_dtype: ComputeDtypeOrAuto = Field("auto", description="gptq: " + COMPUTE_OR_AUTO)
+    keep_latents: bool = Field(
+        True, description="gptq: store the compensated weights, for reconstruct to go on from"
+    )
+
+    @model_validator(mode="after")
+    def _method_finds_levels(self) -> "InitFdbConfig":
+        if self.levels == "tied" and self.method == "gptq":
+            raise ValueError("method gptq has no tied levels: use als, or other levels")
+        if self.levels == "offset" and self.method in ("paper", "mse"):
+            raise ValueError(f"method {self.method} finds no offset: set levels to plain or tied")
+        return self
+
+
+class PackConfig(StageConfig):
+    """Settings of `pack`."""
+
+    format: Literal["packed", "dense"] = Field(
+        "packed",
+        description="packed: planes and scales; dense: plain bfloat16 weights for other tools",
+    )
+    embeddings: Literal["kept", "int8"] = Field(
+        "kept", description="int8: embeddings and output layer in 8 bits, one scale per token"
+    )
+    shard_size: float = Field(5.0, gt=0, description="largest shard, in 10^9 bytes")
+
+    @model_validator(mode="after")
+    def _dense_stores_weights_only(self) -> "PackConfig":
+        if self.format == "dense" and self.embeddings != "kept":
+            raise ValueError("format dense writes plain bfloat16: leave out embeddings int8")
+        return self

@@ -5,7 +5,7 @@
 TEACHER is a model folder. First, for every block of the teacher: the norm of its output, and the
 trace of its Fisher matrix (what predictions feel of a small relative change), of the first token
 and the mean of the others, over 16 training sequences. Then for every student, over the held-out
-part: KL(teacher || student) in nats a token, of each sequence too, and for some blocks the relative
+part: KL(teacher || student) in nats a token, of each sequence too, and for every block the relative
 square error of the first token (mean over the sequences) and of the others (median).
 """
 

@@ -9,13 +9,22 @@ from dbllm_cli.llm.models import load_model
 from dbllm_cli.store import Artifact
 
 
-def hidden_after(model: Any, ids: torch.Tensor, block: int) -> torch.Tensor:
+def block_outputs(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """The output of every block, that of the last one before the final norm."""
     seen: list[Any] = []
-    model.model.layers[block].register_forward_hook(lambda *call: seen.append(call[-1]))
+    hooks = [
+        block.register_forward_hook(lambda *call: seen.append(call[-1]))
+        for block in model.model.layers
+    ]
     with torch.no_grad():
         model(ids)
-    hidden: torch.Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-    return hidden
+    for hook in hooks:
+        hook.remove()
+    return [output[0] if isinstance(output, tuple) else output for output in seen]
+
+
+def hidden_after(model: Any, ids: torch.Tensor, block: int) -> torch.Tensor:
+    return block_outputs(model, ids)[block]
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -24,16 +33,8 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def block_errors(fdb: Artifact, folder: Path, ids: torch.Tensor) -> list[float]:
-    """Mean over tokens of the relative square error of each block's output, in the whole model.
-
-    The output of the last block is read before the final norm.
-    """
-    outputs: list[list[torch.Tensor]] = []
-    for path in (folder, fdb.path):
-        model, seen = load_model(path, torch.float32), []
-        for block in model.model.layers:
-            block.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
-        with torch.no_grad():
-            model(ids)
-        outputs.append([o[0] if isinstance(o, tuple) else o for o in seen])
-    return [relative_error(ours, theirs) for theirs, ours in zip(*outputs, strict=True)]
+    """Mean over tokens of the relative square error of each block's output, in the whole model."""
+    exact, found = (
+        block_outputs(load_model(path, torch.float32), ids) for path in (folder, fdb.path)
+    )
+    return [relative_error(ours, theirs) for theirs, ours in zip(exact, found, strict=True)]

@@ -16,7 +16,7 @@ import typer
 from dbllm_cli.commands.options import JsonOption, StoreOption
 from dbllm_cli.console import Console, size_text
 from dbllm_cli.errors import ConfigError, DbllmError
-from dbllm_cli.stages.machine import cpu_info
+from dbllm_cli.stages.machine import cpu_info, processor_name
 from dbllm_cli.store import Store, resolve_model
 from dbllm_cli.store.store import DEFAULT_ROOT
 
@@ -120,9 +120,8 @@ def _dependencies() -> Iterator[Check]:
 def _processor() -> Check:
     info = cpu_info()
     features = {*info.get("flags", "").split(), *info.get("Features", "").split()}
-    name = info.get("model name") or platform.processor() or platform.machine()
     known = " ".join(feature for feature in _FEATURES if feature in features)
-    return Check("processor", True, f"{name} ({known or 'no known features'})")
+    return Check("processor", True, f"{processor_name(info)} ({known or 'no known features'})")
 
 
 def _threads() -> Check:

@@ -51,8 +51,13 @@ def cpu_info() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+def processor_name(info: dict[str, str]) -> str:
+    """The processor's name, `info` being `cpu_info()`; its architecture where it has none."""
+    return info.get("model name") or platform.processor() or platform.machine()
+
+
 def processor() -> str:
     """The processor's name, and whether it has AMX, which virtual machines of one name may lack."""
     info = cpu_info()
-    name = info.get("model name") or platform.processor() or platform.machine()
+    name = processor_name(info)
     return f"{name} with AMX" if "amx_bf16" in info.get("flags", "").split() else name

@@ -29,7 +29,7 @@ class TrainConfig(StageConfig):
 class ReconstructConfig(TrainConfig):
     """Settings of `reconstruct`."""
 
-    passes: int = Field(2, gt=0, description="passes over the calibration for every block")
+    passes: int = Field(1, gt=0, description="passes over the calibration for every block")
     window: Literal[1, 2] = Field(
         2,
         description="2: the output of the next block, in full precision, is matched too, in about "

@@ -22,7 +22,7 @@ from tests.tiny_models import FAMILIES, build_model, dequantized, save_model, sa
 
 # Longer than the sliding windows of the families that have one.
 IDS = torch.arange(3, 43).view(2, 20)
-BLOCK_LAYERS = {"opt": 6, "gpt-neox": 4, "gpt2": 4, "phi": 6}
+BLOCK_LAYERS = {"opt": 6, "gpt-neox": 4, "gpt2": 4, "phi": 6, "bloom": 4, "gptj": 6}
 
 
 def logits_of(model: PreTrainedModel) -> torch.Tensor:

@@ -8,10 +8,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -78,6 +80,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         eos_token_id=2,
     ),
     "phi": lambda: PhiConfig(**_SIZES),
+    # Blocks of these give tuples.
+    "bloom": lambda: BloomConfig(**_SIZES),
+    "gptj": lambda: GPTJConfig(**(_SIZES | {"rotary_dim": 4, "n_inner": 100})),
 }
 
 

@@ -6,11 +6,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ComputeDtype = Literal["bfloat16", "float32"]
 ComputeDtypeOrAuto = Literal["auto", "bfloat16", "float32"]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of everything drawn at random")]
 InputFile = Annotated[str, Field(json_schema_extra={"file": True})]
 
 COMPUTE = "dtype of the products"
 COMPUTE_OR_AUTO = COMPUTE + "; auto: bfloat16 where the device is faster in it, else float32"
-SEED = "seed of everything drawn at random"
 
 
 class StageConfig(BaseModel):

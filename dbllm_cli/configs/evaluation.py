@@ -6,9 +6,9 @@ from pydantic import Field, field_validator, model_validator
 
 from dbllm_cli.configs.base import (
     COMPUTE,
-    SEED,
     ComputeDtype,
     InputFile,
+    Seed,
     StageConfig,
     TextConfig,
 )
@@ -75,4 +75,4 @@ class BenchConfig(StageConfig):
     batch_size: int = Field(1, gt=0, description="sequences at once")
     repeats: int = Field(5, gt=0, description="timed runs after one warm-up")
     compute_dtype: ComputeDtype = Field("bfloat16", description=COMPUTE)
-    seed: int = Field(0, ge=0, description=SEED)
+    seed: Seed = 0

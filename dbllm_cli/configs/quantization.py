@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 
 from dbllm_cli.configs.base import (
     COMPUTE_OR_AUTO,
-    SEED,
     ComputeDtypeOrAuto,
+    Seed,
     StageConfig,
     TextConfig,
 )
@@ -30,7 +30,7 @@ class CalibrateConfig(TextConfig):
     top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens; 0: among all")
     greedy_tokens: int = Field(4, ge=0, description="tokens taken greedily after the start token")
     compute_dtype: ComputeDtypeOrAuto = Field("auto", description=COMPUTE_OR_AUTO)
-    seed: int = Field(0, ge=0, description=SEED)
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _source_has_text(self) -> "CalibrateConfig":

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from dbllm_cli.configs.base import COMPUTE_OR_AUTO, SEED, ComputeDtypeOrAuto, StageConfig
+from dbllm_cli.configs.base import COMPUTE_OR_AUTO, ComputeDtypeOrAuto, Seed, StageConfig
 
 
 class TrainConfig(StageConfig):
@@ -23,7 +23,7 @@ class TrainConfig(StageConfig):
     )
     keep_latents: bool = Field(True, description="store the latent weights, to train on from them")
     compute_dtype: ComputeDtypeOrAuto = Field("auto", description=COMPUTE_OR_AUTO)
-    seed: int = Field(0, ge=0, description=SEED)
+    seed: Seed = 0
 
 
 class ReconstructConfig(TrainConfig):
@@ -88,7 +88,8 @@ class DistillConfig(TrainConfig):
     unquantized: Literal["frozen", "norms", "all"] = Field(
         "all",
         description="what else is trained: norms: vectors outside the quantized layers; all: "
-        "embeddings and output layer too, 16 bytes of memory a number",
+        "embeddings and output layer too, 16 bytes of memory a number; matrices in the blocks that "
+        "are left out of quantizing stay",
     )
     unquantized_lr: float = Field(
         1e-3, gt=0, description="learning rate of unquantized parameters, times their mean size"

@@ -145,9 +145,26 @@ def same_arguments(first: Any, second: Any) -> bool:
     """Whether two nested arguments are equal, tensors by value."""
     left, right = tree_leaves(first), tree_leaves(second)
     return len(left) == len(right) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b)
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else _same(a, b)
         for a, b in zip(left, right, strict=True)
     )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Numbers and words by value; of other objects, such as caches, the type alone can be told."""
+    comparable = isinstance(first, bool | int | float | str)
+    return type(first) is type(second) and (not comparable or first == second)
+
+
+class _BlockOutput(Tensor):
+    """Hidden states as a block's output: they are it, or the first of what a family takes apart."""
+
+    # As a parameter's: what is computed from it is a plain tensor.
+    __torch_function__ = nn.Parameter.__torch_function__
+
+    def __getitem__(self, index: Any) -> Tensor:
+        plain = self.as_subclass(Tensor)
+        return plain if isinstance(index, int) and index == 0 else plain[index]
 
 
 class _Recorder:
@@ -162,8 +179,8 @@ class _Recorder:
             hidden, args = args[0], args[1:]
         else:
             hidden = kwargs.pop("hidden_states")
-        self.hidden, self.call = hidden, BlockCall(args, kwargs)
-        return hidden
+        self.hidden, self.call = hidden.as_subclass(Tensor), BlockCall(args, kwargs)
+        return self.hidden.as_subclass(_BlockOutput)
 
 
 @torch.no_grad()
@@ -214,7 +231,7 @@ def logits_after(model: PreTrainedModel, blocks: DecoderBlocks, hidden: Tensor) 
     tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
     try:
         for block in blocks.modules:
-            block.forward = lambda *_, **__: hidden
+            block.forward = lambda *_, **__: hidden.as_subclass(_BlockOutput)
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     finally:
         for block in blocks.modules:

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -24,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, first_line
 from dbllm_cli.llm.quantizer import NewerFormatError, register
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
-from dbllm_cli.store import Artifact
+from dbllm_cli.store import Artifact, new_staging
 
 Model: TypeAlias = PreTrainedModel
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
@@ -58,8 +57,7 @@ def model_folder(model: Artifact, work: Path, trust_remote_code: bool = False) -
         return model.path
     imported = work / "models" / model.digest[:16]
     if not imported.is_dir():
-        staging = work / f"importing-{uuid.uuid4().hex}"
-        staging.mkdir(parents=True)
+        staging = new_staging(work / ".staging")
         try:
             _import_model(model.path, staging, trust_remote_code)
             imported.parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def open_tasks(
         for name in names:
             tasks |= _load(name, everything, include_path if name in own.all_tasks else None)
     for name, task in tasks.items():
-        if task.OUTPUT_TYPE not in _SCORED_TYPES or not set(METRICS) & set(task.aggregation()):
+        if task.OUTPUT_TYPE not in _SCORED_TYPES or "acc" not in task.aggregation():
             raise ConfigError(
                 f"task {name} gives no accuracy: it is of type {task.OUTPUT_TYPE} and measures "
                 f"{', '.join(task.aggregation())}",

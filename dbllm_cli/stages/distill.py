@@ -26,9 +26,11 @@ from dbllm_cli.progress import Task
 from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
 from dbllm_cli.stages.resuming import (
     begin_or_resume,
+    drop_checkpoints,
     last_checkpoint,
     read_checkpoint,
     save_checkpoint,
+    write_checkpoint,
 )
 from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
@@ -87,10 +89,11 @@ class _Trainer:
         self.loss = DistillationLoss(
             config.loss, config.ambiguity, config.gamma, config.plain_weight
         )
+        blocks = find_blocks(model).modules
         if config.recompute:
-            _recompute_blocks(model)
+            _recompute(blocks)
         self.layers = make_trainable(model, student, teacher if config.train == "weights" else None)
-        self.others = unquantized_parameters(model, config.unquantized)
+        self.others = unquantized_parameters(model, blocks, config.unquantized)
         self.stored_dtype = load_config(student.folder, ctx.trust_remote_code).dtype
         self.heads = Heads(*to_logits, tuple(p for p in head_parameters(model) if p.requires_grad))
         self.optimizer = RelativeAdamW(
@@ -125,7 +128,7 @@ class _Trainer:
                 done = step + 1
                 if done % config.eval_every == 0 or done == config.steps:
                     self._measure(done)
-                # The best state on disk must always be the one that the checkpoint tells of.
+                # The best state that a checkpoint tells of must always be on disk.
                 if done % config.save_every == 0 or self.best.get("step") == done:
                     self._save(done)
         start = next((e["held_out"] for e in self.curve if e["step"] == 0), math.nan)
@@ -211,7 +214,7 @@ class _Trainer:
         self.ctx.progress.note(f"step {step}: held-out loss {value:.4f}")
         if not self.best or value < self.best["held_out"]:
             self.best, self.worse = {"step": step, "held_out": value}, 0
-            save_checkpoint(self.ctx.scratch, "best", step, self._weights(), dict(self.best))
+            write_checkpoint(self.ctx.scratch, "best", step, self._weights(), dict(self.best))
         else:
             self.worse += 1
 
@@ -260,6 +263,9 @@ class _Trainer:
         }
         tensors = self.optimizer.state_tensors()
         save_checkpoint(self.ctx.scratch, "checkpoint", step, tensors, state)
+        if self.best:
+            # Not before: until now the last checkpoint told of an older one.
+            drop_checkpoints(self.ctx.scratch, "best", int(self.best["step"]))
 
     def _resume(self) -> int:
         found = last_checkpoint(self.ctx.scratch, "checkpoint")
@@ -285,7 +291,7 @@ def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
-def _recompute_blocks(model: nn.Module) -> None:
+def _recompute(blocks: nn.ModuleList) -> None:
     """Recompute each block in backward instead of keeping its activations and dense weights."""
-    for block in find_blocks(model).modules:
+    for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)

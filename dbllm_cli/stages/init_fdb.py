@@ -113,9 +113,21 @@ def _write_tensors(
             if name.removesuffix(".weight") not in chosen:
                 tensor = reader.get(name)
                 require_finite(name, tensor)
-                yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+                yield name, _stored(name, tensor, dtype)
 
     write_quantized(out, layers, others())
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise ConfigError(
+            f"tensor {name} is too large for {str(dtype).removeprefix('torch.')}",
+            "keep what is not quantized in --dtype bfloat16",
+        )
+    return stored
 
 
 def _write_files(folder: Path, out: Path, config: InitFdbConfig, kept: list[str]) -> None:

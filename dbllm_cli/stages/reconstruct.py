@@ -71,10 +71,7 @@ def run(config: ReconstructConfig, inputs: Mapping[str, Artifact], ctx: Context)
     report = training.train_all(calibration.train[: config.num_samples])
     student = training.student
     finished = finished_layers(training.model, ctx.scratch, student.group_size, student.levels)
-    kept = (
-        (n, quantized, latent if config.keep_latents else None) for n, quantized, latent in finished
-    )
-    write_requantized(student, ctx.out, kept)
+    write_requantized(student, ctx.out, finished)
     layers = over_all_layers(write_layer_report(folder, calibration.input_mean_squares, ctx))
     errors = [block["error_after"] for block in report]
     ctx.progress.table(
@@ -143,7 +140,8 @@ class _BlockTraining:
         output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
         after = mean_error(output, targets, batch_size)
         latents = {name: layer.latent for name, layer in layers.items()}
-        keep_layers(self.ctx.scratch, index, quantized, latents)
+        kept = latents if self.config.keep_latents else None
+        keep_layers(self.ctx.scratch, index, quantized, kept)
         streams.teacher, streams.student = targets, output
         return {"error_before": round(before, 6), "error_after": round(after, 6)}
 

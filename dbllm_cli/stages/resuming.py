@@ -1,7 +1,6 @@
 """What a stage leaves in its scratch so that a killed run goes on."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,16 +68,29 @@ def save_checkpoint(
     scratch: Path, name: str, number: int, tensors: dict[str, Tensor], state: dict[str, object]
 ) -> None:
     """Write checkpoint `<name>-<number>`, whole or not at all, and drop the older ones."""
+    write_checkpoint(scratch, name, number, tensors, state)
+    drop_checkpoints(scratch, name, number)
+
+
+def write_checkpoint(
+    scratch: Path, name: str, number: int, tensors: dict[str, Tensor], state: dict[str, object]
+) -> None:
+    """Write checkpoint `<name>-<number>`, whole or not at all; the older ones stay."""
     folder = scratch / f"{name}-{number}"
-    staging = scratch / f".{name}-{number}.{os.getpid()}"
+    # One name for all numbers: what a kill left half-written is gone with the next checkpoint.
+    staging = scratch / f".{name}"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     save_tensors(tensors, staging / "model.safetensors")
     (staging / "state.json").write_text(json.dumps(state))
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
+
+
+def drop_checkpoints(scratch: Path, name: str, kept: int) -> None:
+    """Remove the checkpoints of this name but for number `kept`."""
     for other in _checkpoints(scratch, name):
-        if other != number:
+        if other != kept:
             shutil.rmtree(scratch / f"{name}-{other}", ignore_errors=True)
 
 

@@ -15,7 +15,10 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may use beside its settings and inputs; none of it changes the result.
+    """What a stage may use beside its settings and inputs; none of it is part of the key.
+
+    Another device, processor or number of threads rounds otherwise, and `compute_dtype: auto` may
+    choose otherwise there; the manifest's provenance tells what it was.
 
     Attributes:
         out: folder that becomes the artifact.
@@ -112,7 +115,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "distill",
-            6,
+            7,
             configs.DistillConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",

@@ -78,12 +78,17 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, FdbLinear]]:
             yield name, module
 
 
-def unquantized_parameters(model: nn.Module, which: str) -> Mapping[str, nn.Parameter]:
+def unquantized_parameters(
+    model: nn.Module, blocks: nn.Module, which: str
+) -> Mapping[str, nn.Parameter]:
     """The parameters outside the quantized layers that are to be trained, made to take gradients.
+
+    Matrices of the blocks, such as layers that were left out, stay as they are.
 
     Args:
         model: after `make_trainable`.
-        which: `frozen`, none; `norms`, all vectors; `all`.
+        blocks: its decoder blocks.
+        which: `frozen`, none; `norms`, all vectors; `all`, those and all that is not in the blocks.
 
     Returns:
         Name -> parameter, one that is tied under all of its names.
@@ -94,12 +99,13 @@ def unquantized_parameters(model: nn.Module, which: str) -> Mapping[str, nn.Para
         if isinstance(module, TrainableLinear)
         for parameter in module.parameters()
     }
+    of_blocks = {id(parameter) for parameter in blocks.parameters()}
     chosen = {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) not in inside
         and which != "frozen"
-        and (which == "all" or parameter.dim() == 1)
+        and (parameter.dim() == 1 or (which == "all" and id(parameter) not in of_blocks))
     }
     for parameter in chosen.values():
         parameter.requires_grad_(True)

@@ -1,10 +1,6 @@
 """The store: a folder of finished artifacts, and the places where unfinished ones are made."""
 
 import difflib
-import os
-import shutil
-import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +23,7 @@ from dbllm_cli.store.manifest import (
     read_manifest,
     size_problem,
 )
+from dbllm_cli.store.staging import new_staging
 
 DEFAULT_ROOT = Path("artifacts")
 _KEY_LENGTH = 12
@@ -148,12 +145,8 @@ class Store:
 
     def staging(self) -> Path:
         """A new empty folder to make an artifact in; those of dead processes are cleared away."""
-        parent = self._made(self.root / ".staging")
-        host = socket.gethostname()
-        for left in parent.glob(f"{host}+*"):
-            if not _is_alive(left.name.split("+")[1]):
-                shutil.rmtree(left, ignore_errors=True)
-        return self._made(parent / f"{host}+{os.getpid()}+{uuid.uuid4().hex[:8]}")
+        with disk_errors(self.root, "making a folder to write in"):
+            return new_staging(self.root / ".staging")
 
     def publish(
         self,
@@ -238,13 +231,3 @@ def _refuse_links(staging: Path) -> None:
                 f"the stage left a link, {path.name}, where an artifact holds only files",
                 "this is a bug of the stage: please report it",
             )
-
-
-def _is_alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -4,12 +4,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BloomConfig,
+    CodeGenConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     MistralConfig,
     MixtralConfig,
+    MptConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
@@ -25,7 +31,9 @@ from dbllm_cli.llm.blocks import (
     find_blocks,
     is_linear,
     layer_shape,
+    logits_after,
     matrix_of,
+    same_arguments,
     select_layers,
 )
 from tests.llm.conftest import VOCABULARY, llama_config, random_model
@@ -46,6 +54,13 @@ FAMILIES: list[PreTrainedConfig] = [
     GPTNeoXConfig(**_SIZES, intermediate_size=48),
     GPT2Config(**_SIZES),
     PhiConfig(**_SIZES, intermediate_size=48),
+    # Blocks of these give tuples, which the models take apart.
+    BloomConfig(**_SIZES),
+    CodeGenConfig(**_SIZES, rotary_dim=4),
+    FalconConfig(**_SIZES),
+    GPTJConfig(**_SIZES, rotary_dim=4),
+    GPTNeoConfig(**_SIZES, attention_types=[[["global", "local"], 1]]),
+    MptConfig(**_SIZES),
 ]
 
 
@@ -83,11 +98,34 @@ def test_replayed_calls_give_the_outputs_of_the_model_s_own_blocks(
         assert torch.equal(hidden, expected)
 
 
+@pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.model_type)
+def test_logits_after_the_last_block_are_the_model_s_own_and_take_gradients(
+    config: PreTrainedConfig, ids: Tensor
+) -> None:
+    model = random_model(config)
+    expected = model(input_ids=ids).logits
+    last = _own_blocks(model, ids)[1][-1].requires_grad_()
+    logits = logits_after(model, find_blocks(model), last)
+    torch.testing.assert_close(logits, expected)
+    logits.sum().backward()
+    assert last.grad is not None
+    assert last.grad.shape == last.shape
+
+
 def test_capturing_leaves_the_model_as_it_was(llama: PreTrainedModel, ids: Tensor) -> None:
     before = llama(input_ids=ids).logits
     capture_calls(llama, find_blocks(llama), ids)
     assert torch.equal(llama(input_ids=ids).logits, before)
     assert not any("forward" in vars(block) for block in find_blocks(llama).modules)
+
+
+def test_arguments_are_the_same_where_all_their_values_are() -> None:
+    first = ((torch.arange(3), None), {"length": 3, "flag": True})
+    assert same_arguments(first, ((torch.arange(3), None), {"length": 3, "flag": True}))
+    assert not same_arguments(first, ((torch.arange(3) + 1, None), {"length": 3, "flag": True}))
+    assert not same_arguments(first, ((torch.arange(3), None), {"length": 4, "flag": True}))
+    assert not same_arguments(first, ((torch.arange(3), 0), {"length": 3, "flag": True}))
+    assert not same_arguments(first, ((torch.arange(3), None), {"length": 3}))
 
 
 def test_a_model_that_leaves_out_a_block_is_refused(ids: Tensor) -> None:

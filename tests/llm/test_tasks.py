@@ -200,10 +200,11 @@ def test_a_group_is_its_tasks(tmp_path: Path) -> None:
     [
         ({"output_type": "generate_until"}, "is of type generate_until"),
         ({"metric_list": [{"metric": "brier_score"}]}, "measures brier_score"),
+        ({"metric_list": [{"metric": "acc_norm"}]}, "measures acc_norm"),
         ({"dataset_kwargs": {"data_files": {"test": "/nowhere.jsonl"}}}, r"nowhere\.jsonl"),
         ({"test_split": "exam"}, "mine can't be loaded"),
     ],
-    ids=["generated", "no-accuracy", "no-data", "no-split"],
+    ids=["generated", "no-accuracy", "acc-norm-alone", "no-data", "no-split"],
 )
 def test_a_task_that_can_not_be_used_is_told(
     tmp_path: Path, changes: dict[str, Any], message: str

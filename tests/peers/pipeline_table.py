@@ -29,7 +29,9 @@ def main() -> None:
     print(row("teacher", "", *perplexities(teacher, texts, evaluations), "", "", ""))
     for name, step in steps.items():
         if step["kind"] in ("fdb", "packed"):
-            bits = f"{step['metrics']['bits_per_weight']:.2f}"
+            metrics = step["metrics"]
+            of = "bits_per_quantized_weight" if step["kind"] == "packed" else "bits_per_weight"
+            bits = f"{metrics[of]:.2f}"
             found = perplexities(step["digest"], texts, evaluations)
             print(row(name, bits, *found, *costs(step, steps)))
 

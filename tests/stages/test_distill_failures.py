@@ -40,7 +40,7 @@ def test_scales_that_float16_can_not_hold_end_the_stage(
 ) -> None:
     nothing_held_out = workshop.calibrate(llama, held_out=0)
     inputs = training | {"calibration": nothing_held_out}
-    with pytest.raises(StageFailedError):
+    with pytest.raises(StageFailedError, match="not finite in float16"):
         fresh.make("distill", inputs, batch_size=2, steps=1, warmup_steps=0, scale_lr=1e8)
 
 

@@ -1,9 +1,10 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import ConfigError
@@ -57,6 +58,18 @@ def test_every_linear_layer_of_the_blocks_is_quantized_and_nothing_else(
     for name, original in load_file(llama_folder / "model.safetensors").items():
         if name.removesuffix(".weight") not in LAYERS:
             assert torch.equal(tensors[name], original.bfloat16())
+
+
+def test_what_float16_can_not_hold_is_told(
+    fresh: Workshop, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "large")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight is too large for float16") as told:
+        fresh.make("init-fdb", {"model": fresh.model(folder)}, dtype="float16")
+    assert "--dtype bfloat16" in told.value.hint
 
 
 def test_the_scales_keep_their_signs_and_padding_is_zero(

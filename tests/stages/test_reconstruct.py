@@ -204,5 +204,5 @@ def test_scales_that_float16_can_not_hold_end_the_stage(
     fresh: Workshop, training: dict[str, Artifact]
 ) -> None:
     one_step = {"batch_size": 6, "passes": 1, "warmup_steps": 0, "scale_lr": 1e8}
-    with pytest.raises(StageFailedError):
+    with pytest.raises(StageFailedError, match="not finite in float16"):
         fresh.make("reconstruct", training, **one_step)

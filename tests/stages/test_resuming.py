@@ -1,4 +1,6 @@
+import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -36,6 +38,17 @@ def test_a_run_that_goes_on_keeps_the_dtype_it_was_begun_with(
     begin_or_resume(context, "auto")
     monkeypatch.setattr(resuming, "faster_dtype", lambda device: torch.float32)
     assert begin_or_resume(context, "auto") == torch.bfloat16
+
+
+def test_a_run_that_goes_on_elsewhere_is_told_to_be_inexact(context: Context) -> None:
+    begin_or_resume(context, "float32")
+    begin_or_resume(context, "float32")
+    assert cast(Notes, context.progress).notes == []
+    path = context.scratch / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"threads": 99}))
+    begin_or_resume(context, "float32")
+    (note,) = cast(Notes, context.progress).notes
+    assert f"threads 99 -> {torch.get_num_threads()}: the result is inexact" in note
 
 
 def test_a_run_that_an_older_dbllm_began_goes_on_in_the_dtype_of_its_settings(

@@ -1,0 +1,32 @@
+"""Folders in which a process makes something whole before it takes its place."""
+
+import os
+import shutil
+import socket
+import uuid
+from pathlib import Path
+
+
+def new_staging(parent: Path) -> Path:
+    """A new empty folder of this process; those that dead processes left are cleared away.
+
+    Args:
+        parent: a folder for such folders alone, which is made where it is not there.
+    """
+    host = socket.gethostname()
+    for left in parent.glob(f"{host}+*"):
+        if not _is_alive(left.name.split("+")[1]):
+            shutil.rmtree(left, ignore_errors=True)
+    staging = parent / f"{host}+{os.getpid()}+{uuid.uuid4().hex[:8]}"
+    staging.mkdir(parents=True)
+    return staging
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

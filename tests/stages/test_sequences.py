@@ -1,0 +1,45 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dbllm_cli.store import Artifact
+from tests.conftest import Workshop
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("init-fdb", {"method": "gptq", "batch_size": 3}),
+        ("reconstruct", {"batch_size": 3}),
+        ("distill", {"batch_size": 3, "steps": 3}),
+    ],
+)
+def test_the_first_samples_alone_give_what_a_calibration_of_these_would(
+    workshop: Workshop,
+    training: dict[str, Artifact],
+    tmp_path: Path,
+    stage: str,
+    settings: dict[str, Any],
+) -> None:
+    inputs = dict(training)
+    if stage == "init-fdb":
+        del inputs["student"]
+    whole = inputs["calibration"]
+    folder = shutil.copytree(whole.path, tmp_path / "calibration")
+    tokens = load_file(folder / "tokens.safetensors")
+    save_file(tokens | {"train": tokens["train"][:3].clone()}, folder / "tokens.safetensors")
+    short = Artifact(folder, "calibration", "5" * 64, whole.manifest)
+    first, of_short, all_of_them = (
+        load_file(artifact.path / "model.safetensors")
+        for artifact in (
+            workshop.make(stage, inputs, **settings, num_samples=3),
+            workshop.make(stage, inputs | {"calibration": short}, **settings),
+            workshop.make(stage, inputs, **settings),
+        )
+    )
+    assert all(torch.equal(first[name], of_short[name]) for name in first)
+    assert not all(torch.equal(first[name], all_of_them[name]) for name in first)

@@ -39,12 +39,6 @@ def distilled(workshop: Workshop, training: dict[str, Artifact]) -> Artifact:
     return workshop.make("distill", training, **SETTINGS)
 
 
-@pytest.fixture
-def distilled_weights(workshop: Workshop, training: dict[str, Artifact]) -> Artifact:
-    """Latent weights and scales trained, the latent weights kept."""
-    return workshop.make("distill", training, **WEIGHTS, keep_latents=True)
-
-
 def tensors_of(artifact: Artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.path / "model.safetensors")
 
@@ -115,11 +109,14 @@ def test_matrices_of_the_blocks_that_are_left_out_stay(
     assert not any("down_proj" in name for name in changed)
 
 
-def test_training_weights_changes_planes_too(distilled_weights: Artifact, start: Artifact) -> None:
-    changed = changed_tensors(start, distilled_weights)
+def test_training_weights_changes_planes_too(
+    workshop: Workshop, training: dict[str, Artifact], start: Artifact
+) -> None:
+    distilled = workshop.make("distill", training, **WEIGHTS, keep_latents=True)
+    changed = changed_tensors(start, distilled)
     layers = {n.removesuffix(".alpha") for n in tensors_of(start) if n.endswith(".alpha")}
     assert any(name.removesuffix(".weight") in layers for name in changed)
-    assert load_file(distilled_weights.path / "latents.safetensors").keys() == layers
+    assert load_file(distilled.path / "latents.safetensors").keys() == layers
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, WEIGHTS], ids=["scales", "weights"])
@@ -179,10 +176,7 @@ def test_the_start_is_kept_when_training_makes_it_worse(
 
 
 def test_the_best_measurement_is_kept(
-    workshop: Workshop,
-    training: dict[str, Artifact],
-    calibration: Artifact,
-    llama_folder: Path,
+    workshop: Workshop, training: dict[str, Artifact], calibration: Artifact, llama_folder: Path
 ) -> None:
     settings = SETTINGS | {"eval_every": 1, "steps": 40, "scale_lr": 0.15, "warmup_steps": 6}
     outcome = workshop.run("distill", training, **settings)

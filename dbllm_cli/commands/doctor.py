@@ -153,7 +153,7 @@ def _compiler() -> Check:
 
 
 def _kernels() -> Check:
-    """Whether the compiled CPU kernels are there; kernels.cpu loads them, but imports torch."""
+    """Whether the compiled CPU kernels are there, and whether a process with torch takes them."""
     folder = Path(__file__).parent.parent / "kernels"
     path = next(iter(sorted(folder.glob("_cpu*.so"))), None)
     if path is None:
@@ -166,9 +166,23 @@ def _kernels() -> Check:
     if forced and forced not in (*names, "reference"):
         hint = f"one of {', '.join((*names, 'reference'))}"
         return Check("CPU kernels", False, f"DBLLM_KERNEL={forced} can't be used", hint)
+    refusal = _refusal()
+    if refusal:
+        hint = "pip install -c constraints.txt -e . again"
+        return Check("CPU kernels", False, f"can't be used: {refusal}", hint)
     if forced:
         return Check("CPU kernels", True, f"{forced}, forced by DBLLM_KERNEL")
     return Check("CPU kernels", True, f"{names[0]} (there too: {', '.join(names[1:])})")
+
+
+def _refusal() -> str:
+    """Why torch's process can't use the kernels; nothing where it can, or where torch is absent."""
+    if _version("torch") is None:
+        return ""
+    code = "from dbllm_cli.kernels.cpu import refusal; print(refusal() or '')"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return result.stdout.strip()
 
 
 def _gpu() -> Check:

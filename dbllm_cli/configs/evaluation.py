@@ -20,11 +20,12 @@ class EvalPplConfig(TextConfig):
     protocol: Literal["gptq", "strided", "documents"] = Field(
         "gptq",
         description="gptq: windows over the joined text; strided: overlapping windows; "
-        "documents: windows over BOS-separated documents",
+        "documents: windows over documents with BOS, or two newlines, between them",
     )
-    reading: Literal["raw", "wikitext-rows"] = Field(
-        "wikitext-rows",
-        description="how a split becomes one string: raw, or its rows joined by two newlines",
+    reading: Literal["raw", "wikitext-rows"] | None = Field(
+        None,
+        description="how a split becomes one string: raw (a text file's default), or its rows "
+        "joined by two newlines (any other's)",
     )
     split: str = Field("test", description="split of the dataset")
     sequence_length: int = Field(2048, gt=1, description="tokens per window")

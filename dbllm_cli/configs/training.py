@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dbllm_cli.configs.base import COMPUTE_OR_AUTO, ComputeDtypeOrAuto, Seed, StageConfig
 
@@ -100,10 +100,18 @@ class DistillConfig(TrainConfig):
     save_every: int = Field(
         10, gt=0, description="steps between checkpoints", json_schema_extra={"key": False}
     )
-    keep_latents: bool = Field(False, description="store the latent weights, to train on from them")
+    keep_latents: bool = Field(
+        False, description="weights: store the latent weights, to train on from them"
+    )
     recompute: bool = Field(
         True,
         description="run every block again in backward instead of keeping its activations: "
         "less memory, a fifth more time",
         json_schema_extra={"key": False},
     )
+
+    @model_validator(mode="after")
+    def _latents_are_trained(self) -> "DistillConfig":
+        if self.keep_latents and self.train != "weights":
+            raise ValueError("keep_latents needs train weights")
+        return self

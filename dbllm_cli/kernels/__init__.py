@@ -2,7 +2,7 @@
 
 from dbllm_cli.kernels.attention import attend_one, can_attend_one
 from dbllm_cli.kernels.block import PackedBlock
-from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, cpu_kernels
+from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, cpu_kernels, kernel_name
 from dbllm_cli.kernels.distillation import DistillationTerms, can_distil, distillation_terms
 from dbllm_cli.kernels.int8 import dequantize_rows, int8_linear, quantize_rows
 from dbllm_cli.kernels.latents import can_round_latents, latent_gradients, latent_levels
@@ -28,6 +28,7 @@ __all__ = [
     "fdb_linear_tiled",
     "has_gpu_kernel",
     "int8_linear",
+    "kernel_name",
     "latent_gradients",
     "latent_levels",
     "levels_of",

@@ -1,12 +1,14 @@
 """The compiled CPU kernels of `csrc/`: found, chosen for this processor, registered with torch.
 
 `DBLLM_KERNEL` forces an instruction set, or `reference` for none: plain torch unpacks the planes
-at every call. Without the compiled library, or with a torch before 2.10, the reference is all.
+at every call. Without the compiled library, or with a torch before 2.10, the reference is all; a
+library that is there and can't be used is warned of.
 """
 
 import ctypes
 import os
 import sysconfig
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -161,7 +163,22 @@ def cpu_kernels() -> CpuKernels | None:
             f"{VARIABLE}={wanted} can't be used: {loaded}",
             f"one of {', '.join((*_SETS, REFERENCE))}; dbllm doctor says which are there",
         )
+    if library_path() is not None:
+        slow = "packed layers run in plain torch, several times slower"
+        warnings.warn(f"the CPU kernels can't be used: {loaded}; {slow}", stacklevel=2)
     return None
+
+
+def refusal() -> str | None:
+    """Why a compiled library that is there can't be used; None where it can."""
+    loaded = _load(None)
+    return loaded if isinstance(loaded, str) and library_path() is not None else None
+
+
+def kernel_name() -> str:
+    """The instruction set of the kernels that are used, or `reference`."""
+    kernels = cpu_kernels()
+    return REFERENCE if kernels is None else kernels.instruction_set
 
 
 def _load(wanted: str | None) -> CpuKernels | str:

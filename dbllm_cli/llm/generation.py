@@ -16,7 +16,12 @@ from transformers import (
 )
 
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
+from dbllm_cli.llm.models import (
+    load_model,
+    load_tokenizer,
+    model_folder,
+    require_positions,
+)
 from dbllm_cli.store import Artifact
 
 
@@ -53,12 +58,15 @@ def generate_stream(
         Pieces of text.
 
     Raises:
-        ConfigError: chat without a chat template, or an empty prompt without a start token.
+        ConfigError: chat without a chat template, an empty prompt without a start token, or more
+            tokens than the model has positions.
     """
     folder = model_folder(artifact, work, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
+    ids = _prompt_ids(tokenizer, prompt, chat)
+    require_positions(folder, ids.shape[-1] + max_new_tokens, trust_remote_code)
     model = load_model(folder, getattr(torch, dtype), device, trust_remote_code)
-    ids = _prompt_ids(tokenizer, prompt, chat).to(model.device)
+    ids = ids.to(model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped = Event()
     options: dict[str, Any] = {

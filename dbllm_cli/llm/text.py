@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -117,7 +117,7 @@ class TextSource:
                 f"dataset {self.dataset} has no column {self.text_field}",
                 f"set text_field to one of {', '.join(rows.column_names)}",
             )
-        yield from rows[self.text_field]
+        yield from _texts(rows[self.text_field], f"column {self.text_field} of {self.dataset}")
 
 
 def _read_text(path: Path) -> str:
@@ -125,6 +125,15 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}", "convert it to UTF-8") from error
+
+
+def _texts(values: Iterable[object], what: str) -> Iterator[str]:
+    """Those values that are there."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif value is not None:
+            raise ConfigError(f"{what} holds {value!r}, no text", "set text_field to another")
 
 
 def _parquet_column(path: Path, column: str) -> list[str]:
@@ -137,8 +146,8 @@ def _parquet_column(path: Path, column: str) -> list[str]:
             raise ConfigError(
                 f"{path} has no column {column}", f"set text_field to one of {', '.join(names)}"
             )
-        texts: list[str | None] = parquet.read_table(path, columns=[column])[column].to_pylist()
-        return [text for text in texts if text is not None]
+        values = parquet.read_table(path, columns=[column])[column].to_pylist()
+        return list(_texts(values, f"column {column} of {path}"))
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"{path} is not a parquet file: {error}", "give another file") from error
 

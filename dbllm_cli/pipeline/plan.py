@@ -62,6 +62,11 @@ def plan_pipeline(
     for name in (*force, *((only,) if only else ())):
         if name not in names:
             raise ConfigError(f"{pipeline.path} has no step {name!r}", nearest(name, names))
+    beside = [name for name in force if only not in (None, name)]
+    if beside:
+        raise ConfigError(
+            f"--force {beside[0]} has no effect beside --only {only}", f"use --only {beside[0]}"
+        )
     model = resolve_model(pipeline.model.path, pipeline.model.revision, store, download=False)
     made = [item for item in store.artifacts() if isinstance(item, Artifact)]
     known: dict[str, Artifact] = {} if model is None else {MODEL: model}

@@ -53,6 +53,7 @@ class Recorder:
             },
             "device": self._device,
             "threads": _threads(),
+            "kernel": _kernel(),
             "processor": processor(),
             **_begun(scratch / ENVIRONMENT),
         }
@@ -68,6 +69,13 @@ def _version(package: str) -> str | None:
 def _threads() -> int | None:
     torch = sys.modules.get("torch")
     return None if torch is None else int(torch.get_num_threads())
+
+
+def _kernel() -> str | None:
+    """The CPU kernels that this process has asked for, which figures and bytes depend on."""
+    module = sys.modules.get("dbllm_cli.kernels.cpu")
+    asked = module is not None and module.cpu_kernels.cache_info().currsize > 0
+    return str(module.kernel_name()) if module is not None and asked else None
 
 
 def _begun(path: Path) -> dict[str, Any]:

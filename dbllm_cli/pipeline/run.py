@@ -36,7 +36,7 @@ class Outcome:
         step: the step's name; the stage's for a single command.
         artifact: its artifact.
         ran: False when the artifact was there already.
-        seconds: how long the making took, now or then.
+        seconds: how long the making took, now or then; of a run that was resumed, its last part.
         metrics: what the stage measured.
     """
 
@@ -255,7 +255,7 @@ def _resource_errors(making: _Making) -> Iterator[None]:
         if _is_out_of_memory(error):
             raise StageFailedError(
                 f"{making.step} ran out of memory on {making.device}",
-                "lower batch_size or sequence_length; then the same command again goes on",
+                "lower batch_size or sequence_length; the step then begins anew",
             ) from error
         error.add_note(f"in step {making.step}, stage {making.spec.name}")
         raise

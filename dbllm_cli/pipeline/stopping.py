@@ -31,6 +31,10 @@ def stops_on_sigterm() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except Exception as error:
+        if received and not isinstance(error, StoppedError):  # wrapped by a broad `except`
+            raise _stopped() from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if received:  # a library's broad `except` swallowed the error

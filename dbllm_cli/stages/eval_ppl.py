@@ -39,6 +39,9 @@ from dbllm_cli.stages.sequences import open_calibration, require_same_tokenizer
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact
 
+_OF_HELD_OUT = ("max_windows", "batch_size", "compute_dtype")
+"""Settings that count where the held-out part of a calibration is read."""
+
 
 @dataclass(frozen=True)
 class _Protocol:
@@ -121,7 +124,7 @@ def _protocol(
         )
     settings: dict[str, object] = {
         "name": config.protocol,
-        "reading": None if config.protocol == "documents" else config.reading,
+        "reading": None if config.protocol == "documents" else _reading(config),
         "sequence_length": length,
         "stride": config.stride if config.protocol == "strided" else None,
         "max_windows": config.max_windows,
@@ -142,26 +145,48 @@ def _held_out(
             "add --text FILE, or give a calibration artifact",
         )
     require_same_tokenizer(inputs["calibration"], tokenizer_digest(tokenizer))
+    fields = type(config).model_fields
+    moot = [
+        name
+        for name in fields
+        if name not in _OF_HELD_OUT and getattr(config, name) != fields[name].default
+    ]
+    if moot:
+        raise ConfigError(
+            f"{moot[0]} has no effect on the held-out part of a calibration",
+            "leave it out, or add --text FILE in place of the calibration",
+        )
     sequences = open_calibration(inputs["calibration"]).held_out[: config.max_windows]
     if not len(sequences):
         raise ConfigError(
             f"{inputs['calibration'].path} has no held-out part",
             "calibrate with --held-out 8, or add --text FILE",
         )
-    settings: dict[str, object] = {"name": "held-out", "compute_dtype": config.compute_dtype}
+    settings: dict[str, object] = {
+        "name": "held-out",
+        "sequence_length": sequences.shape[1],
+        "compute_dtype": config.compute_dtype,
+    }
     what = f"held-out part of the calibration, {len(sequences)} windows of {sequences.shape[1]}"
     return _Protocol(what, settings, full_windows(sequences))
+
+
+def _reading(config: EvalPplConfig) -> str:
+    """The reading that is asked for, or that fits the source."""
+    fitting = "raw" if text_source(config).is_plain_text() else "wikitext-rows"
+    return config.reading or fitting
 
 
 def _stream(config: EvalPplConfig, tokenizer: Tokenizer) -> list[int]:
     source = text_source(config)
     if config.protocol == "documents":
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        stream: list[int] = []
-        for document in source.read():
-            stream += bos + tokenize(tokenizer, document, special=False)
+        bos = tokenizer.bos_token_id
+        gap = tokenize(tokenizer, DOCUMENT_GAP, special=False) if bos is None else [bos]
+        stream = [] if bos is None else [bos]
+        for number, document in enumerate(source.read()):
+            stream += (gap if number else []) + tokenize(tokenizer, document, special=False)
         return stream
-    if config.reading == "raw":
+    if _reading(config) == "raw":
         return tokenize(tokenizer, source.read_raw())
     rows = wikitext_rows(source.read_raw()) if source.is_plain_text() else source.read()
     return tokenize(tokenizer, DOCUMENT_GAP.join(rows))

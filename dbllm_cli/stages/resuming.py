@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dbllm_cli.kernels import kernel_name
+from dbllm_cli.llm.models import require_device
 from dbllm_cli.llm.tensors import TensorFolder, save_tensors
 from dbllm_cli.stages.compute_dtype import faster_dtype
 from dbllm_cli.stages.machine import ENVIRONMENT, processor
@@ -23,21 +25,27 @@ def begin_or_resume(ctx: Context, compute_dtype: str) -> torch.dtype:
 
     Returns:
         The dtype of the products: a run that goes on keeps the one that it was begun with.
+
+    Raises:
+        ConfigError: the device is not there.
     """
+    require_device(ctx.device)
     here = {
         "device": ctx.device,
         "processor": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "kernel": kernel_name(),
     }
     path = ctx.scratch / ENVIRONMENT
-    if path.is_file():
+    # Alone in the scratch the record is of a run that did nothing.
+    if path.is_file() and any(each != path for each in ctx.scratch.iterdir()):
         begun = json.loads(path.read_text())
         changed = [
             f"{name} {begun.get(name)} -> {here[name]}"
             for name in here
-            if begun.get(name) != here[name]
+            if begun.get(name, here[name]) != here[name]
         ]
         if changed:
             ctx.progress.note(f"resuming under another {', '.join(changed)}: the result is inexact")

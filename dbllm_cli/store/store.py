@@ -38,7 +38,7 @@ class DamagedArtifact:
 
 
 class Store:
-    """Artifacts under one root. Nothing is written before something is made."""
+    """Artifacts under one root. Opening writes nothing; making does, and importing a model."""
 
     def __init__(self, root: Path = DEFAULT_ROOT) -> None:
         self.root = root

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 import dbllm_cli
+from dbllm_cli.commands import doctor
 from tests.commands.conftest import DbllmCall
 
 INSTALLED = {"dbllm": "0.1.0", "torch": "2.7.0", "transformers": "4.40.0", "rich": "14.0"}
+REFUSAL = doctor._refusal
 REQUIRED = ["torch>=2.6", "transformers>=5.23,<6", "rich", "absent", 'gguf; extra == "gguf"',
             'lm_eval; extra == "eval"', 'ruff; extra == "dev"']  # fmt: skip
 
@@ -29,6 +32,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRED)
+    # It starts a process with torch, which takes seconds.
+    monkeypatch.setattr(doctor, "_refusal", lambda: "")
     return installed
 
 
@@ -121,6 +126,18 @@ def test_the_instruction_sets_of_the_cpu_kernels_are_told(
     assert kernels["ok"] is ok
     assert re.fullmatch(found, kernels["found"])
     assert ("portable" in kernels["hint"]) is not ok
+
+
+def test_cpu_kernels_that_torchs_process_refuses_are_a_problem(
+    dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_refusal", REFUSAL)
+    assert REFUSAL() == ""
+    monkeypatch.setattr(sys, "executable", "/bin/echo")
+
+    kernels = checks(dbllm)["CPU kernels"]
+    assert not kernels["ok"]
+    assert kernels["found"].startswith("can't be used: ")
 
 
 def test_absent_cpu_kernels_come_with_the_way_to_them(

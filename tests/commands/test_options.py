@@ -96,6 +96,6 @@ def test_a_truth_value_is_a_pair_of_options(
     calibration = dbllm("calibrate", "model").path
     student = dbllm("init-fdb", "model").path
 
-    dbllm("distill", student, "model", calibration, option)
+    dbllm("reconstruct", student, "model", calibration, option)
 
     assert stage_calls[-1].config.keep_latents is (option == "--keep-latents")

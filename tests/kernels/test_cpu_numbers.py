@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dbllm_cli.kernels import cpu
+from dbllm_cli.kernels.cpu import CpuKernels
 from tests.kernels.layers import DTYPES, HALVES, Layer, assert_close, normal, random_layer
 
 # -- unusual numbers -----------------------------------------------------------------------------
@@ -124,3 +126,13 @@ def test_every_bfloat16_goes_through_unharmed(instruction_set: str) -> None:
 def _alone(values: Tensor) -> Tensor:
     """Rows of 32 inputs, all but the first zero."""
     return torch.nn.functional.pad(values.unsqueeze(-1), (0, 31))
+
+
+def test_kernels_of_other_sources_are_warned_of_and_not_used(
+    kernels: CpuKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_LAYOUT", 99)
+    monkeypatch.delenv("DBLLM_KERNEL", raising=False)
+    with pytest.warns(UserWarning, match="compiled from other sources"):
+        assert cpu.cpu_kernels.__wrapped__() is None
+    assert "compiled from other sources" in str(cpu.refusal())

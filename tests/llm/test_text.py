@@ -162,7 +162,7 @@ def test_a_dataset_gives_its_column_at_the_revision_asked_for(
 
     def load(*args: Any, **kwargs: Any) -> datasets.Dataset:
         asked.append((args, kwargs))
-        return datasets.Dataset.from_dict({"text": ["x", "y"]})
+        return datasets.Dataset.from_dict({"text": ["x", None, "y"]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = _source(None, dataset="owner/name:part", revision="abc", split="test")
@@ -273,3 +273,9 @@ def test_the_digest_of_tokens_follows_ids_and_not_their_dtype() -> None:
     ids = torch.arange(6)
     assert tokens_digest(ids) == tokens_digest(ids.to(torch.int32))
     assert tokens_digest(ids) != tokens_digest(ids.flip(0))
+
+
+def test_a_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    rows = _parquet(tmp_path / "rows.parquet", {"id": [1, 2]})
+    with pytest.raises(ConfigError, match=r"column id of .* holds 1, no text"):
+        _source(rows, text_field="id").read()

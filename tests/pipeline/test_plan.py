@@ -113,8 +113,9 @@ def test_only_leaves_the_others_out(done: Pipeline, store: Store) -> None:
     assert {action for action, _ in shown.values()} == {"left out"}
 
 
-def test_forcing_a_step_that_is_left_out_changes_nothing(done: Pipeline, store: Store) -> None:
-    assert show(done, store, only="train", force=["start"])["train"] == ("up to date", ())
+def test_forcing_a_step_that_is_left_out_is_refused(done: Pipeline, store: Store) -> None:
+    with pytest.raises(ConfigError, match="--force start has no effect beside --only train"):
+        show(done, store, only="train", force=["start"])
 
 
 def test_only_needs_the_artifacts_of_its_inputs(load: Load, store: Store) -> None:

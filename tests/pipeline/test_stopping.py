@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dbllm_cli.errors import StoppedError
+from dbllm_cli.errors import ConfigError, StoppedError
 from dbllm_cli.pipeline.stopping import stops_on_sigterm
 from dbllm_cli.store import Artifact, Store
 
@@ -201,3 +201,19 @@ def test_another_thread_runs_without_a_handler() -> None:
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_stop_that_a_library_takes_for_its_own_error_still_counts() -> None:
+    def wrap() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception as error:
+            raise ConfigError("no network", "try again") from error
+
+    with pytest.raises(StoppedError), stops_on_sigterm():
+        wrap()
+
+
+def test_an_error_without_a_stop_stays_what_it_is() -> None:
+    with pytest.raises(ConfigError), stops_on_sigterm():
+        raise ConfigError("no network", "try again")

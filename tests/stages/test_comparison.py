@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.stages.comparison import (
@@ -15,6 +16,8 @@ from dbllm_cli.stages.comparison import (
     ratio_standard_error,
 )
 from dbllm_cli.store import Artifact
+from tests.conftest import TEXT, Workshop
+from tests.stages.test_eval_ppl import SHORT
 
 
 def _result(
@@ -98,3 +101,75 @@ def test_only_comparable_results_are_put_together_in_the_order_given() -> None:
     ]
     groups = comparable_groups(results)
     assert [[result.model for result in group] for group in groups] == [["0", "2"], ["1"], ["3"]]
+
+
+def test_held_out_parts_of_other_lengths_are_never_compared(
+    workshop: Workshop, llama: Artifact, text_file: Path
+) -> None:
+    """The same tokens, in two windows of 24 and in one of 48."""
+    parts = [
+        workshop.calibrate(
+            llama, source="text", text=str(text_file),
+            num_samples=144 // length, held_out=48 // length, sequence_length=length,
+        )
+        for length in (24, 48)
+    ]  # fmt: skip
+    results = [
+        EvalResult.read(workshop.make("eval-ppl", {"model": llama, "calibration": part}))
+        for part in parts
+    ]
+    assert len(comparable_groups(results)) == 2
+
+
+def test_results_of_one_protocol_and_data_get_a_paired_standard_error(
+    workshop: Workshop, llama: Artifact, start: Artifact, text_file: Path
+) -> None:
+    teacher, student = (
+        EvalResult.read(workshop.make("eval-ppl", {"model": model}, text=str(text_file), **SHORT))
+        for model in (llama, start)
+    )
+    difference, error = paired_difference(student, teacher)
+    assert difference == pytest.approx(math.log(student.perplexity / teacher.perplexity))
+    pairs = torch.tensor(student.losses, dtype=torch.float64) - torch.tensor(teacher.losses)
+    assert error == pytest.approx(float(pairs.div(15).std() / len(pairs) ** 0.5), rel=1e-4)
+    assert 0 < error < max(teacher.standard_error, student.standard_error)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"protocol": "strided", "stride": 8},
+        {"protocol": "documents"},
+        {"sequence_length": 15},
+        {"max_windows": 2},
+        {"compute_dtype": "bfloat16"},
+        {"text": "another"},
+    ],
+    ids=lambda other: "-".join(map(str, other.values())),
+)
+def test_every_setting_and_the_text_itself_make_results_incomparable(
+    workshop: Workshop, llama: Artifact, text_file: Path, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    if "text" in other:
+        (tmp_path / "another.txt").write_text(TEXT[5:] * 8)
+        other = {"text": str(tmp_path / "another.txt")}
+    settings = [{"text": str(text_file)} | SHORT, {"text": str(text_file)} | SHORT | other]
+    first, second = (
+        EvalResult.read(workshop.make("eval-ppl", {"model": llama}, **chosen))
+        for chosen in settings
+    )
+    assert comparable_groups([first, second]) == [[first], [second]]
+    with pytest.raises(ConfigError, match="different protocol or data"):
+        paired_difference(first, second)
+
+
+def test_one_text_under_two_names_is_the_same_data(
+    workshop: Workshop, fresh: Workshop, llama: Artifact, text_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(text_file.read_bytes())
+    results = [
+        EvalResult.read(shop.make("eval-ppl", {"model": llama}, text=str(path), **SHORT))
+        for shop, path in ((workshop, text_file), (fresh, copy))
+    ]
+    assert paired_difference(*results) == (0, 0)

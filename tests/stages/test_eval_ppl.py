@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dbllm_cli.errors import ConfigError, DbllmError
-from dbllm_cli.stages.comparison import EvalResult, comparable_groups, paired_difference
 from dbllm_cli.store import Artifact
 from tests.conftest import STORIES_TEXT, TEXT, Workshop
 from tests.tiny_models import save_model
@@ -129,10 +129,12 @@ def test_wikitext_rows_are_joined_by_two_newlines(
         .metrics["data_digest"]
         for path, reading in (
             (as_file, "wikitext-rows"), (as_rows, "wikitext-rows"), (joined, "raw"),
-            (as_file, "raw"),
+            (as_file, "raw"), (as_file, None), (as_rows, None),
         )
     ]  # fmt: skip
     assert digests[0] == digests[1] == digests[2] != digests[3]
+    # Where nothing is said a text file is read as it is, and rows are joined.
+    assert digests[4:] == [digests[3], digests[1]]
 
 
 def test_batches_change_nothing_but_the_time(
@@ -178,60 +180,8 @@ def test_the_held_out_part_of_the_calibration_is_read_without_text(
     expected = [float(token_losses(llama_folder, row).sum()) for row in rows]
     assert windows_of(outcome.artifact)["losses"] == pytest.approx(expected, rel=1e-4)
     assert outcome.metrics["protocol"]["name"] == "held-out"
-
-
-def test_results_of_one_protocol_and_data_get_a_paired_standard_error(
-    workshop: Workshop, llama: Artifact, start: Artifact, text_file: Path
-) -> None:
-    teacher, student = (
-        EvalResult.read(workshop.make("eval-ppl", {"model": model}, text=str(text_file), **SHORT))
-        for model in (llama, start)
-    )
-    difference, error = paired_difference(student, teacher)
-    assert difference == pytest.approx(math.log(student.perplexity / teacher.perplexity))
-    pairs = torch.tensor(student.losses, dtype=torch.float64) - torch.tensor(teacher.losses)
-    assert error == pytest.approx(float(pairs.div(15).std() / len(pairs) ** 0.5), rel=1e-4)
-    assert 0 < error < max(teacher.standard_error, student.standard_error)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"protocol": "strided", "stride": 8},
-        {"protocol": "documents"},
-        {"sequence_length": 15},
-        {"max_windows": 2},
-        {"compute_dtype": "bfloat16"},
-        {"text": "another"},
-    ],
-    ids=lambda other: "-".join(map(str, other.values())),
-)
-def test_results_of_different_protocol_or_data_are_never_compared(
-    workshop: Workshop, llama: Artifact, text_file: Path, tmp_path: Path, other: dict[str, Any]
-) -> None:
-    if "text" in other:
-        (tmp_path / "another.txt").write_text(TEXT[5:] * 8)
-        other = {"text": str(tmp_path / "another.txt")}
-    settings = [{"text": str(text_file)} | SHORT, {"text": str(text_file)} | SHORT | other]
-    first, second = (
-        EvalResult.read(workshop.make("eval-ppl", {"model": llama}, **chosen))
-        for chosen in settings
-    )
-    assert comparable_groups([first, second]) == [[first], [second]]
-    with pytest.raises(ConfigError, match="different protocol or data"):
-        paired_difference(first, second)
-
-
-def test_one_text_under_two_names_is_the_same_data(
-    workshop: Workshop, fresh: Workshop, llama: Artifact, text_file: Path, tmp_path: Path
-) -> None:
-    copy = tmp_path / "copy.txt"
-    copy.write_bytes(text_file.read_bytes())
-    results = [
-        EvalResult.read(shop.make("eval-ppl", {"model": llama}, text=str(path), **SHORT))
-        for shop, path in ((workshop, text_file), (fresh, copy))
-    ]
-    assert paired_difference(*results) == (0, 0)
+    with pytest.raises(ConfigError, match="stride has no effect on the held-out part"):
+        workshop.run("eval-ppl", {"model": llama, "calibration": calibration}, stride=4)
 
 
 def test_too_short_a_text_is_told(workshop: Workshop, llama: Artifact, text_file: Path) -> None:
@@ -276,3 +226,22 @@ def test_the_teacher_stories260k_has_its_published_perplexity(
         separator="<|endoftext|>", sequence_length=512, batch_size=8,
     ).metrics  # fmt: skip
     assert metrics["perplexity"] == pytest.approx(4.662, abs=0.002)
+
+
+def test_without_a_start_token_two_newlines_part_documents(
+    workshop: Workshop, llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama_folder, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": None}))
+    (tmp_path / "documents.txt").write_text("One document.|Another one.")
+    (tmp_path / "joined.txt").write_text("One document.\n\nAnother one.")
+    digests = [
+        workshop.run(
+            "eval-ppl", {"model": workshop.model(folder)}, text=str(tmp_path / name),
+            protocol="documents", separator=separator, sequence_length=8,
+        ).metrics["data_digest"]
+        for name, separator in (("documents.txt", "|"), ("joined.txt", None))
+    ]  # fmt: skip
+    assert digests[0] == digests[1]

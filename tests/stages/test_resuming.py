@@ -5,6 +5,7 @@ from typing import cast
 import pytest
 import torch
 
+from dbllm_cli.errors import ConfigError
 from dbllm_cli.stages import resuming
 from dbllm_cli.stages.resuming import begin_or_resume
 from dbllm_cli.stages.spec import Context
@@ -36,12 +37,14 @@ def test_a_run_that_goes_on_keeps_the_dtype_it_was_begun_with(
 ) -> None:
     monkeypatch.setattr(resuming, "faster_dtype", lambda device: torch.bfloat16)
     begin_or_resume(context, "auto")
+    (context.scratch / "checkpoint-1").mkdir()
     monkeypatch.setattr(resuming, "faster_dtype", lambda device: torch.float32)
     assert begin_or_resume(context, "auto") == torch.bfloat16
 
 
 def test_a_run_that_goes_on_elsewhere_is_told_to_be_inexact(context: Context) -> None:
     begin_or_resume(context, "float32")
+    (context.scratch / "checkpoint-1").mkdir()
     begin_or_resume(context, "float32")
     assert cast(Notes, context.progress).notes == []
     path = context.scratch / "environment.json"
@@ -55,7 +58,40 @@ def test_a_run_that_an_older_dbllm_began_goes_on_in_the_dtype_of_its_settings(
     context: Context,
 ) -> None:
     (context.scratch / "environment.json").write_text('{"device": "cpu"}')
+    (context.scratch / "checkpoint-1").mkdir()
     assert begin_or_resume(context, "bfloat16") == torch.bfloat16
+    assert cast(Notes, context.progress).notes == []
+
+
+def test_a_run_that_left_nothing_is_begun_anew(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming, "kernel_name", lambda: "reference")
+    begin_or_resume(context, "float32")
+    monkeypatch.setattr(resuming, "kernel_name", lambda: "avx2")
+    assert begin_or_resume(context, "bfloat16") == torch.bfloat16
+    assert cast(Notes, context.progress).notes == []
+    begun = json.loads((context.scratch / "environment.json").read_text())
+    assert begun["kernel"] == "avx2"
+
+
+def test_other_kernels_make_a_run_inexact(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming, "kernel_name", lambda: "avx2")
+    begin_or_resume(context, "float32")
+    (context.scratch / "checkpoint-1").mkdir()
+    monkeypatch.setattr(resuming, "kernel_name", lambda: "reference")
+    begin_or_resume(context, "float32")
+    (note,) = cast(Notes, context.progress).notes
+    assert "kernel avx2 -> reference" in note
+
+
+def test_a_device_that_is_not_there_leaves_no_record(tmp_path: Path) -> None:
+    absent = Context(tmp_path / "out", tmp_path, tmp_path / "work", Notes(), device="cuda:99")
+    with pytest.raises(ConfigError):
+        begin_or_resume(absent, "auto")
+    assert not (tmp_path / "environment.json").exists()
 
 
 def test_the_manifest_tells_which_dtype_it_was(fresh: Workshop, llama: Artifact) -> None:

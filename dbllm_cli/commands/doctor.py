@@ -132,6 +132,8 @@ def _threads() -> Check:
 
 def _memory() -> Check:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS
+        return Check("memory", True, size_text(total))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Check("memory", True, f"{size_text(total)}, {size_text(free)} of it unused")
 

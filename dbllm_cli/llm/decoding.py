@@ -44,6 +44,6 @@ def _next_token(model: PreTrainedModel, ids: Tensor, cache: DynamicCache) -> Ten
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    module = torch.get_device_module(device)
+    module.synchronize(*(() if device.type == "mps" else (device,)))
     return time.perf_counter()

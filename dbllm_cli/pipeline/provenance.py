@@ -28,7 +28,7 @@ class Recorder:
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
         self._processor_clock = time.process_time()
-        forget_peak()
+        forget_peak(device)
 
     @property
     def seconds(self) -> float:

@@ -9,11 +9,11 @@ ENVIRONMENT = "environment.json"
 """In a stage's scratch: where its run was begun, and the dtype of its products."""
 
 
-def forget_peak() -> None:
+def forget_peak(device: str) -> None:
     """Begin a new peak where the system can (Linux), so that each step of a run gets its own."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+    if torch is not None and device.startswith("cuda") and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -82,7 +82,7 @@ def resolve_input(
         return store.open(reference, kinds)
     folder = Path(reference).expanduser()
     if "packed" in kinds and folder.is_dir() and _is_packed(folder):
-        # A packed model from elsewhere, a hub for one, comes without a manifest.
+        # A packed model from elsewhere, downloaded for one, comes without a manifest.
         digest = files_digest(folder, store.digests, _model_files(folder))
         return Artifact(folder, "packed", digest, {})
     return resolve_model(reference, revision, store)

@@ -16,12 +16,7 @@ from transformers import (
 )
 
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.llm.models import (
-    load_model,
-    load_tokenizer,
-    model_folder,
-    require_positions,
-)
+from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder, require_positions
 from dbllm_cli.store import Artifact
 
 
@@ -58,15 +53,13 @@ def generate_stream(
         Pieces of text.
 
     Raises:
-        ConfigError: chat without a chat template, an empty prompt without a start token, or more
-            tokens than the model has positions.
+        ConfigError: no chat template, nothing to begin with, or more tokens than positions.
     """
     folder = model_folder(artifact, work, trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     ids = _prompt_ids(tokenizer, prompt, chat)
     require_positions(folder, ids.shape[-1] + max_new_tokens, trust_remote_code)
     model = load_model(folder, getattr(torch, dtype), device, trust_remote_code)
-    ids = ids.to(model.device)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped = Event()
     options: dict[str, Any] = {
@@ -109,11 +102,9 @@ def _generate(
     options: dict[str, Any],
 ) -> None:
     with torch.inference_mode():
+        ids = ids.to(model.device)
         cast(Any, model).generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=streamer,
-            **options,
+            ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options
         )
 
 

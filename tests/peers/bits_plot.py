@@ -10,8 +10,7 @@ import argparse
 import re
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
+from line_plot import named_axis, save_plot
 from pipeline_table import Steps, read_steps, row
 
 Points = dict[str, list[tuple[float, float]]]
@@ -47,17 +46,11 @@ def points(steps: Steps) -> Points:
 
 
 def draw(points: Points, plot: Path) -> None:
-    mpl.rcParams["svg.hashsalt"] = "dbllm"  # the same bytes for the same figures
-    figure, axis = plt.subplots(figsize=(7, 4.2))
+    axis = named_axis("bits per quantized weight, scales included", "perplexity")
     for levels, line in points.items():
         axis.plot(*zip(*sorted(line), strict=True), marker="o", markersize=4, label=levels)
-    axis.set_xlabel("bits per quantized weight, scales included")
-    axis.set_ylabel("perplexity")
     axis.set_yscale("log")
-    axis.legend()
-    figure.tight_layout()
-    plot.parent.mkdir(exist_ok=True)
-    figure.savefig(plot, metadata={"Date": None})
+    save_plot(axis, plot)
 
 
 if __name__ == "__main__":

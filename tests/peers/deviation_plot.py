@@ -12,9 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import torch
+from line_plot import named_axis, save_plot
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -69,17 +68,13 @@ def figures(teacher: Model, student: Model, tokens: Tensor) -> tuple[Tensor, Ten
 
 
 def draw(lines: dict[str, dict[str, list[float]]], plot: Path) -> None:
-    mpl.rcParams["svg.hashsalt"] = "dbllm"  # the same bytes for the same figures
-    figure, axis = plt.subplots(figsize=(7, 4.2))
+    axis = named_axis(
+        "entropy of the teacher's prediction, nats", "deviation, KL(teacher || student), nats"
+    )
     for name, line in lines.items():
         axis.plot(line["entropy"], line["deviation"], marker="o", markersize=4, label=name)
-    axis.set_xlabel("entropy of the teacher's prediction, nats")
-    axis.set_ylabel("deviation, KL(teacher || student), nats")
     axis.set_ylim(bottom=0)
-    axis.legend()
-    figure.tight_layout()
-    plot.parent.mkdir(exist_ok=True)
-    figure.savefig(plot, metadata={"Date": None})
+    save_plot(axis, plot)
 
 
 if __name__ == "__main__":

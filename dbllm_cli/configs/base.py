@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 ComputeDtype = Literal["bfloat16", "float32"]
-ComputeDtypeOrAuto = Literal["auto", "bfloat16", "float32"]
+ComputeDtypeOrAuto = Literal["auto", ComputeDtype]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="seed of everything drawn at random")]
 InputFile = Annotated[str, Field(json_schema_extra={"file": True})]
 

@@ -157,13 +157,12 @@ def _jsonl_field(path: Path, field: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[field]
-            if text is not None:
-                yield str(text)
+            value = json.loads(line)[field]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path}:{number}: no JSON object with the field {field}", "set text_field"
             ) from error
+        yield from _texts([value], f"{path}:{number}: field {field}")
 
 
 def wikitext_rows(content: str) -> list[str]:

@@ -69,6 +69,12 @@ def test_parquet_gives_the_named_column(tmp_path: Path) -> None:
     assert _source(path, text_field="body").read() == ["first", "second"]
 
 
+def test_a_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    rows = _parquet(tmp_path / "rows.parquet", {"id": [1, 2]})
+    with pytest.raises(ConfigError, match=r"column id of .* holds 1, no text"):
+        _source(rows, text_field="id").read()
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_row_without_text_never_becomes_the_word_none(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"a.{kind}"
@@ -111,6 +117,7 @@ def test_a_range_of_documents_can_be_read(tmp_path: Path, documents: str, kept: 
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "a.jsonl:2"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl:2"),
         ("a.jsonl", b'["text"]\n', "a.jsonl:1"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 1}\n', "a.jsonl:2: field text holds 1, no text"),
         ("a.parquet", b"PAR0 garbage that is no parquet", "not a parquet file"),
     ],
 )
@@ -273,9 +280,3 @@ def test_the_digest_of_tokens_follows_ids_and_not_their_dtype() -> None:
     ids = torch.arange(6)
     assert tokens_digest(ids) == tokens_digest(ids.to(torch.int32))
     assert tokens_digest(ids) != tokens_digest(ids.flip(0))
-
-
-def test_a_column_that_is_not_text_is_refused(tmp_path: Path) -> None:
-    rows = _parquet(tmp_path / "rows.parquet", {"id": [1, 2]})
-    with pytest.raises(ConfigError, match=r"column id of .* holds 1, no text"):
-        _source(rows, text_field="id").read()

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ _FEATURES = (
     "asimd", "i8mm", "sve", "bf16",
 )  # fmt: skip
 _INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
+_REINSTALL = "pip install -c constraints.txt -e . again"
 _EXTRAS = {"gguf": "only for .gguf models", "eval": "only for eval-tasks"}
 
 
@@ -147,7 +149,7 @@ def _store(store: Path) -> Check:
 
 
 def _compiler() -> Check:
-    wanted = os.environ.get("CC", "cc").split()[0]
+    wanted = (os.environ.get("CC") or "cc").split()[0]
     found = next((path for name in (wanted, "gcc", "clang") if (path := shutil.which(name))), None)
     if found:
         return Check("C compiler", True, found)
@@ -157,12 +159,17 @@ def _compiler() -> Check:
 def _kernels() -> Check:
     """Whether the compiled CPU kernels are there, and whether a process with torch takes them."""
     folder = Path(__file__).parent.parent / "kernels"
-    path = next(iter(sorted(folder.glob("_cpu*.so"))), None)
+    # As kernels/cpu.py looks for it, which imports torch.
+    files = (folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", folder / "_cpu.so")
+    path = next((file for file in files if file.is_file()), None)
     if path is None:
         found = "not compiled: packed models run in plain torch, several times slower"
         hint = "install a C compiler, then: pip install --force-reinstall --no-deps -e ."
         return Check("CPU kernels", True, found, hint)
-    supports = ctypes.CDLL(str(path)).dbllm_supports
+    try:
+        supports = ctypes.CDLL(str(path)).dbllm_supports
+    except (OSError, AttributeError) as error:
+        return Check("CPU kernels", False, f"can't be loaded: {error}", _REINSTALL)
     names = [name for name in _INSTRUCTION_SETS if supports(name.encode())]
     forced = os.environ.get("DBLLM_KERNEL")
     if forced and forced not in (*names, "reference"):
@@ -170,8 +177,7 @@ def _kernels() -> Check:
         return Check("CPU kernels", False, f"DBLLM_KERNEL={forced} can't be used", hint)
     refusal = _refusal()
     if refusal:
-        hint = "pip install -c constraints.txt -e . again"
-        return Check("CPU kernels", False, f"can't be used: {refusal}", hint)
+        return Check("CPU kernels", False, f"can't be used: {refusal}", _REINSTALL)
     if forced:
         return Check("CPU kernels", True, f"{forced}, forced by DBLLM_KERNEL")
     return Check("CPU kernels", True, f"{names[0]} (there too: {', '.join(names[1:])})")
@@ -183,7 +189,9 @@ def _refusal() -> str:
         return ""
     code = "from dbllm_cli.kernels.cpu import refusal; print(refusal() or '')"
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        return f"torch can't be imported: {result.stderr.strip().splitlines()[-1]}"
     return result.stdout.strip()
 
 

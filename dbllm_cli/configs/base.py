@@ -1,5 +1,7 @@
 """What the settings of every stage are made of."""
 
+import re
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,6 +19,16 @@ class StageConfig(BaseModel):
     """Base of every stage's settings: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def require_inputs(self, given: Collection[str]) -> None:
+        """Refuse settings that don't fit the inputs given, before anything runs.
+
+        Args:
+            given: the names of the slots that are filled.
+
+        Raises:
+            ConfigError: a setting needs an input, or has no effect beside one.
+        """
 
 
 class TextConfig(StageConfig):
@@ -44,8 +56,9 @@ class TextConfig(StageConfig):
     def _dataset_is_pinned(self) -> "TextConfig":
         if self.text is not None and self.dataset is not None:
             raise ValueError("give text or dataset, not both")
-        if self.dataset is not None and self.revision is None:
+        if self.dataset is not None and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
             raise ValueError(
-                "a dataset needs a revision (its commit), so that the run can be repeated"
+                "a dataset needs as revision the 40 digits of a commit (a branch moves), so that "
+                "the run can be repeated: huggingface.co/datasets/NAME/commits/main lists them"
             )
         return self

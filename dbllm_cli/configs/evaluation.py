@@ -1,5 +1,6 @@
 """Settings of the stages that measure a model."""
 
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +13,10 @@ from dbllm_cli.configs.base import (
     StageConfig,
     TextConfig,
 )
+from dbllm_cli.errors import ConfigError
+
+_OF_HELD_OUT = ("max_windows", "batch_size", "compute_dtype")
+"""Settings that count where the held-out part of a calibration is read."""
 
 
 class EvalPplConfig(TextConfig):
@@ -38,7 +43,30 @@ class EvalPplConfig(TextConfig):
     def _windows_overlap(self) -> "EvalPplConfig":
         if self.protocol == "strided" and self.stride >= self.sequence_length:
             raise ValueError("strided needs a stride below sequence_length")
+        if self.protocol == "documents" and self.reading is not None:
+            raise ValueError("reading has no effect on the protocol documents")
         return self
+
+    def require_inputs(self, given: Collection[str]) -> None:
+        """Refuse no or two things to read, and settings without effect on a held-out part."""
+        if self.text is not None or self.dataset is not None:
+            if "calibration" in given:
+                raise ConfigError(
+                    "eval-ppl got both a text and a calibration to read", "give one of them"
+                )
+            return
+        if "calibration" not in given:
+            raise ConfigError(
+                "eval-ppl got no text, no dataset and no calibration to read",
+                "add --text FILE, or give a calibration artifact",
+            )
+        fields = type(self).model_fields
+        for name in fields:
+            if name not in _OF_HELD_OUT and getattr(self, name) != fields[name].default:
+                raise ConfigError(
+                    f"{name} has no effect on the held-out part of a calibration",
+                    "leave it out, or add --text FILE in place of the calibration",
+                )
 
 
 class EvalTasksConfig(StageConfig):

@@ -1,5 +1,6 @@
 """Settings of the stages that make a quantized model without training it."""
 
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,7 @@ from dbllm_cli.configs.base import (
     StageConfig,
     TextConfig,
 )
+from dbllm_cli.errors import ConfigError
 
 
 class CalibrateConfig(TextConfig):
@@ -83,6 +85,13 @@ class InitFdbConfig(StageConfig):
         if self.levels == "offset" and self.method in ("paper", "mse"):
             raise ValueError(f"method {self.method} finds no offset: set levels to plain or tied")
         return self
+
+    def require_inputs(self, given: Collection[str]) -> None:
+        """Refuse gptq without a calibration."""
+        if self.method == "gptq" and "calibration" not in given:
+            raise ConfigError(
+                "init-fdb by gptq needs a calibration", "dbllm calibrate MODEL, and give its path"
+            )
 
 
 class PackConfig(StageConfig):

@@ -105,6 +105,8 @@ class TextSource:
         from datasets import load_dataset
 
         name, _, config = (self.dataset or "").partition(":")
+        if Path(name).exists():  # which `load_dataset` would read, and no revision pins
+            raise ConfigError(f"dataset {name} is a path here", f"name it as text: --text {name}")
         try:
             rows = load_dataset(name, config or None, split=self.split, revision=self.revision)
         except Exception as error:

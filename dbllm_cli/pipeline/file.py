@@ -79,6 +79,8 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> Pipeline:
     configs = {name: _read_config(document, name, stage) for name, stage in stages.items()}
     drafts = {name: Draft(name, stage, ("steps", name)) for name, stage in stages.items()}
     wires = {name: read_wires(document, draft, drafts) for name, draft in drafts.items()}
+    for name, config in configs.items():
+        _check_fit(document, name, config, wires[name])
     return Pipeline(
         path,
         model,
@@ -199,6 +201,15 @@ def _read_config(document: Document, step: str, stage: StageSpec) -> StageConfig
         first = error.errors()[0]
         place = ("steps", step, "config", *first["loc"])
         raise document.error(place, *_setting_problem(first, step, stage)) from error
+
+
+def _check_fit(document: Document, step: str, config: StageConfig, wires: Wires) -> None:
+    try:
+        config.require_inputs(wires)
+    except ConfigError as error:
+        raise document.error(
+            ("steps", step), f"step {step}: {error.message}", error.hint
+        ) from error
 
 
 def _setting_problem(error: ErrorDetails, step: str, stage: StageSpec) -> tuple[str, str]:

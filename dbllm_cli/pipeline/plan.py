@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dbllm_cli.errors import ArtifactMissingError, ConfigError
+from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError
 from dbllm_cli.pipeline.file import Pipeline, Step
 from dbllm_cli.pipeline.lineage import Lineage, keyed_config, lineage_of
 from dbllm_cli.pipeline.nearest import nearest
@@ -112,10 +112,15 @@ def _planned(
     inputs = gather(step, known)
     key = folder = artifact = None
     if inputs is not None:
-        key = lineage_key(lineage_of(step.stage, step.config, inputs, store))
-        folder = store.folder(step.stage.output, key)
-        again = not left_out and (forced or step.stage.always_runs)
-        artifact = None if again else store.find(step.stage.output, key)
+        try:
+            key = lineage_key(lineage_of(step.stage, step.config, inputs, store))
+            folder = store.folder(step.stage.output, key)
+            again = not left_out and (forced or step.stage.always_runs)
+            artifact = None if again else store.find(step.stage.output, key)
+        except (ConfigError, ArtifactCorruptError):
+            # A step that is left out may lack its files: whoever needs its artifact is told so.
+            if not left_out:
+                raise
     if left_out:
         return PlannedStep(step, "left out", (), key, folder, artifact)
     if artifact is not None:

@@ -90,11 +90,13 @@ def run_stage(
     Raises:
         ArtifactMissingError: an input is missing or of the wrong kind.
         ArtifactCorruptError: the stored artifact is damaged.
-        ConfigError: a file named by the settings is missing, or the store can't be written.
+        ConfigError: a setting doesn't fit the inputs, a file that the settings name is missing, or
+            the store can't be written.
         StageFailedError: another run makes the same, or the disk or the memory ran out.
         StoppedError: SIGTERM came; the same call goes on.
     """
     _check_inputs(spec, inputs)
+    config.require_inputs({name.split(".")[0] for name in inputs})
     lineage = lineage_of(spec, config, inputs, store)
     key = lineage_key(lineage)
     again = force or spec.always_runs
@@ -138,7 +140,7 @@ def run_pipeline(
         StageFailedError: also when another run of this pipeline is under way.
     """
     label = f"pipeline {pipeline.path}"
-    with stops_on_sigterm(), store.lock(digest_of(str(pipeline.path.resolve())), label):
+    with stops_on_sigterm(), store.lock(_lock_key(pipeline), label):
         model = resolve_model(pipeline.model.path, pipeline.model.revision, store)
         known = {MODEL: model}
         outcomes: list[Outcome] = []
@@ -163,8 +165,16 @@ def run_pipeline(
             known[step.name] = outcome.artifact
             done = f"made in {outcome.seconds:.0f} s" if outcome.ran else "up to date"
             progress.note(f"{step.name}: {done}, {outcome.artifact.path}")
+            if step.name in force:
+                progress.note(f"to go on from here after a stop, leave out --force {step.name}")
             outcomes.append(outcome)
         return outcomes
+
+
+def _lock_key(pipeline: Pipeline) -> str:
+    """Of a file and what `--set` makes of it: other settings may run beside it."""
+    configs = {step.name: step.config.model_dump(mode="json") for step in pipeline.steps}
+    return digest_of([str(pipeline.path.resolve()), pipeline.model.path, configs])
 
 
 def _check_inputs(spec: StageSpec, inputs: Mapping[str, Artifact]) -> None:

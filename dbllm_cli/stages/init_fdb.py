@@ -27,7 +27,7 @@ from dbllm_cli.llm.packed import QuantizedLayer, quantized_config, write_json, w
 from dbllm_cli.llm.tensors import TensorFolder, require_finite
 from dbllm_cli.stages.gptq_start import GptqStart, names_layer
 from dbllm_cli.stages.layer_report import over_all_layers, show_layers, write_layer_report
-from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
+from dbllm_cli.stages.sequences import open_calibration, require_same_model
 from dbllm_cli.stages.spec import Context, Metrics
 from dbllm_cli.store import Artifact
 
@@ -48,12 +48,14 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     model = empty_model(load_config(folder, ctx.trust_remote_code), ctx.trust_remote_code)
     blocks = find_blocks(model)
     layers = select_layers(blocks, config.include, config.exclude)
-    calibration = open_calibration(inputs["calibration"]) if "calibration" in inputs else None
-    means = {} if calibration is None else calibration.input_mean_squares
+    means: Mapping[str, Tensor] = {}
+    if "calibration" in inputs:
+        means = open_calibration(inputs["calibration"]).input_mean_squares
     blocks_report: Metrics = {}
     if config.method == "gptq":
+        sequences = open_calibration(inputs["calibration"]).train[: config.num_samples]
         start = GptqStart(config, folder, layers, ctx)
-        blocks_report = {"blocks": start.quantize_all(_sequences(config, calibration))}
+        blocks_report = {"blocks": start.quantize_all(sequences)}
         quantized = start.finished_layers()
     else:
         quantized = _fitted_layers(config, folder, layers, means, ctx)
@@ -62,14 +64,6 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     report = write_layer_report(folder, means, ctx)
     show_layers(report, ctx.progress)
     return {**over_all_layers(report), **blocks_report}
-
-
-def _sequences(config: InitFdbConfig, calibration: Calibration | None) -> Tensor:
-    if calibration is None:
-        raise ConfigError(
-            "init-fdb by gptq needs a calibration", "dbllm calibrate MODEL, and give its path"
-        )
-    return calibration.train[: config.num_samples]
 
 
 def _fitted_layers(

@@ -1,11 +1,13 @@
 """The README.md of a packed model: lineage, size and the figures of its evaluations."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from dbllm_cli.errors import ConfigError
 from dbllm_cli.stages.comparison import (
     EvalResult,
+    Result,
     TasksResult,
     accuracy,
     comparable_groups,
@@ -22,6 +24,9 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         fdb: the artifact that was packed.
         evals: eval and tasks artifacts; only results of the same settings and data share a table.
         sizes: metrics of the pack.
+
+    Raises:
+        ConfigError: figures of other models alone.
     """
     lineage = fdb.manifest["lineage"]
     bits = sizes["bits_per_quantized_weight"]
@@ -40,7 +45,7 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         "",
         f"- {sizes['quantized_weights']:,} quantized weights, {bits} bits each when packed",
         f"- {sizes['weight_bytes']:,} bytes of tensors in all",
-        *_embeddings(sizes["embeddings"]),
+        *_rounded_since(sizes),
         *_levels(sizes["levels"]),
         "",
         "## Made by",
@@ -49,16 +54,41 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         json.dumps(lineage, indent=2, sort_keys=True),
         "```",
         "",
-        *_perplexities(EvalResult.read(each) for each in evals if each.kind == "eval"),
-        *_accuracies(TasksResult.read(each) for each in evals if each.kind == "tasks"),
+        *_perplexities([EvalResult.read(each) for each in evals if each.kind == "eval"], fdb),
+        *_accuracies([TasksResult.read(each) for each in evals if each.kind == "tasks"], fdb),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _embeddings(kind: str) -> list[str]:
-    if kind == "kept":
-        return []
-    return ["- embeddings and output layer in 8 bits; the figures of an fdb are from before that"]
+def _rounded_since(sizes: dict[str, Any]) -> list[str]:
+    before = "; the figures below are from before that"
+    if sizes["format"] == "dense":
+        return ["- all weights in bfloat16" + before]
+    if sizes["embeddings"] == "int8":
+        return ["- embeddings and output layer in 8 bits" + before]
+    return []
+
+
+def _groups(results: list[Result], fdb: Artifact) -> list[list[Result]]:
+    """Results that may stand side by side; in each group is one of this model.
+
+    Raises:
+        ConfigError: there is none, as where another model's evaluation was given.
+    """
+    groups = comparable_groups(results)
+    for group in groups:
+        if all(result.model != fdb.digest[:12] for result in group):
+            others = ", ".join(f"{result.kind} {result.model}" for result in group)
+            raise ConfigError(
+                f"the figures '{group[0].what}' are of {others} alone, not of {fdb.path}",
+                f"evaluate {fdb.path} with the same settings and give that too",
+            )
+    return groups
+
+
+def _name(result: EvalResult | TasksResult, fdb: Artifact) -> str:
+    roles = {fdb.manifest["lineage"]["inputs"]["model"][:12]: "teacher", fdb.digest[:12]: "this"}
+    return f"{roles.get(result.model, 'another')} {result.kind} `{result.model}`"
 
 
 def _levels(kind: str) -> list[str]:
@@ -82,9 +112,9 @@ def _how_to_load(format_name: str) -> list[str]:
     ]
 
 
-def _perplexities(results: Iterable[EvalResult]) -> list[str]:
+def _perplexities(results: list[EvalResult], fdb: Artifact) -> list[str]:
     lines: list[str] = []
-    for group in comparable_groups(results):
+    for group in _groups(results, fdb):
         lines += [
             f"## Perplexity: {group[0].what}",
             "",
@@ -94,17 +124,15 @@ def _perplexities(results: Iterable[EvalResult]) -> list[str]:
         for result in group:
             difference, error = paired_difference(result, group[0])
             compared = f"{difference:+.4f} ± {error:.4f}" if result is not group[0] else ""
-            lines.append(
-                f"| {result.kind} `{result.model}` | {result.perplexity:.3f} | {compared} |"
-            )
+            lines.append(f"| {_name(result, fdb)} | {result.perplexity:.3f} | {compared} |")
         lines.append("")
     return lines
 
 
-def _accuracies(results: Iterable[TasksResult]) -> list[str]:
+def _accuracies(results: list[TasksResult], fdb: Artifact) -> list[str]:
     lines: list[str] = []
-    for group in comparable_groups(results):
-        models = [f"{result.kind} `{result.model}`" for result in group]
+    for group in _groups(results, fdb):
+        models = [_name(result, fdb) for result in group]
         lines += [
             f"## Accuracy: {group[0].what}",
             "",

@@ -25,7 +25,7 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Met
 
     Raises:
         ArtifactCorruptError: the fdb artifact is not whole.
-        ConfigError: the model's embeddings can't be packed in 8 bits.
+        ConfigError: the model's embeddings can't be packed in 8 bits, or figures of other models.
     """
     fdb = inputs["fdb"]
     student = PackedFolder(fdb.path)

@@ -50,20 +50,8 @@ def resolve_model(
         ArtifactMissingError: there is no such model, or it is not one that can be read.
         ArtifactCorruptError: its files can't be read.
     """
-    path = _local_path(reference)
-    if path is None:
-        path = _from_hub(reference, revision, download)
-        if path is None:
-            return None
-    files = None
-    if path.is_dir():
-        _check_folder(path)
-        files = _model_files(path)
-    try:
-        digest = files_digest(path, store.digests, files)
-    except OSError as error:
-        raise ArtifactCorruptError(f"model {path} can't be read: {error}") from error
-    return Artifact(path, "model", digest, {"reference": reference, "revision": revision})
+    path = _locate(reference, revision, download)
+    return None if path is None else _model(path, reference, revision, store)
 
 
 def resolve_input(
@@ -76,16 +64,41 @@ def resolve_input(
         ArtifactCorruptError: it is damaged.
     """
     ours = tuple(f"{kind}-" for kind in kinds if kind != "model")
-    folders = (Path(reference), store.root / reference)
-    is_artifact = any((folder / MANIFEST).is_file() for folder in folders)
-    if "model" not in kinds or (ours and (is_artifact or reference.startswith(ours))):
+    path = Path(reference).expanduser()
+    is_artifact = _is_artifact(path) or _is_artifact(store.root / reference)
+    is_foreign = "packed" in kinds and not is_artifact and _is_packed(path)
+    is_ours = is_artifact or reference.startswith(ours) or "model" not in kinds
+    if ours and is_ours and not is_foreign:
         return store.open(reference, kinds)
-    folder = Path(reference).expanduser()
-    if "packed" in kinds and folder.is_dir() and _is_packed(folder):
-        # A packed model from elsewhere, downloaded for one, comes without a manifest.
-        digest = files_digest(folder, store.digests, _model_files(folder))
-        return Artifact(folder, "packed", digest, {})
-    return resolve_model(reference, revision, store)
+    path = path if is_foreign else _locate(reference, revision)
+    if "packed" in kinds and _is_packed(path):
+        # A packed model from elsewhere, of the hub for one: what made it is not known here.
+        return Artifact(path, "packed", _digest(path, store), {})
+    return _model(path, reference, revision, store)
+
+
+def _model(path: Path, reference: str, revision: str | None, store: Store) -> Artifact:
+    if path.is_dir():
+        _refuse_our_own(path)
+        _refuse_quantized(path)
+        _require_whole(path)
+    digest = _digest(path, store)
+    return Artifact(path, "model", digest, {"reference": reference, "revision": revision})
+
+
+def _digest(path: Path, store: Store) -> str:
+    try:
+        return files_digest(path, store.digests, _model_files(path) if path.is_dir() else None)
+    except OSError as error:
+        raise ArtifactCorruptError(f"model {path} can't be read: {error}") from error
+
+
+@overload
+def _locate(reference: str, revision: str | None, download: Literal[True] = True) -> Path: ...
+@overload
+def _locate(reference: str, revision: str | None, download: bool) -> Path | None: ...
+def _locate(reference: str, revision: str | None, download: bool = True) -> Path | None:
+    return _local_path(reference) or _from_hub(reference, revision, download)
 
 
 def _local_path(reference: str) -> Path | None:
@@ -136,7 +149,9 @@ def _from_hub(reference: str, revision: str | None, download: bool) -> Path | No
         raise _not_downloaded(reference, revision, error) from error
     except Exception as error:  # the client raises its own, its transport's and ValueError alike
         raise _not_downloaded(reference, revision, error) from error
-    return Path(folder)
+    path = Path(folder)
+    # A download that was cut short leaves a part of the files.
+    return path if download or _lacking(path) is None else None
 
 
 def _not_downloaded(reference: str, revision: str | None, error: Exception) -> ArtifactMissingError:
@@ -153,46 +168,46 @@ def _model_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES]
 
 
-def _check_folder(folder: Path) -> None:
-    _refuse_our_own(folder)
-    _refuse_quantized(folder)
-    if not (folder / "config.json").is_file():
-        raise ArtifactMissingError(
-            f"model {folder} has no config.json", "give the folder that save_pretrained wrote"
-        )
-    if any(folder.glob("*.safetensors")):
-        _check_shards(folder)
-        return
-    if any(folder.glob("*.bin")):
+def _require_whole(folder: Path) -> None:
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
         raise ArtifactMissingError(
             f"model {folder} has its weights in .bin files; dbllm reads only safetensors",
             "convert it: load it with transformers and call "
             "`model.save_pretrained(NEW_FOLDER)` and `tokenizer.save_pretrained(NEW_FOLDER)`",
         )
-    raise ArtifactMissingError(
-        f"model {folder} has no weights: no *.safetensors file",
-        "give a folder with config.json and *.safetensors",
-    )
+    lacking = _lacking(folder)
+    if lacking is not None:
+        raise ArtifactMissingError(
+            f"model {folder} {lacking}",
+            "give the whole folder that save_pretrained wrote, or download or copy it again",
+        )
 
 
-def _check_shards(folder: Path) -> None:
+def _lacking(folder: Path) -> str | None:
+    """What of a model's files is not there; None when it is whole."""
+    if not (folder / "config.json").is_file():
+        return "has no config.json"
+    if not any(folder.glob("*.safetensors")):
+        return "has no weights: no *.safetensors file"
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        return
+        shard = next(iter(sorted(folder.glob("*-of-*.safetensors"))), None)
+        return None if shard is None else f"lacks {index.name}, which tells what {shard.name} holds"
     weights = _json_object(index).get("weight_map")
     named = set(weights.values()) if isinstance(weights, dict) else set()
     missing = sorted(name for name in named if not (folder / str(name)).is_file())
-    if missing:
-        raise ArtifactMissingError(
-            f"model {folder} lacks {', '.join(missing)}, which its {index.name} names",
-            "download or copy the model again",
-        )
+    return f"lacks {', '.join(missing)}, which its {index.name} names" if missing else None
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Whether a folder is one of ours: other tools write a manifest.json too."""
+    return (folder / MANIFEST).is_file() and "lineage" in _json_object(folder / MANIFEST)
 
 
 def _refuse_our_own(folder: Path) -> None:
     kind = None
-    if (folder / MANIFEST).is_file() and "lineage" in (manifest := _json_object(folder / MANIFEST)):
-        kind = manifest.get("kind")
+    if _is_artifact(folder):
+        kind = _json_object(folder / MANIFEST).get("kind")
     elif _is_packed(folder):
         kind = "packed"
     if kind is not None:

@@ -13,13 +13,20 @@ def new_staging(parent: Path) -> Path:
     Args:
         parent: a folder for such folders alone, which is made where it is not there.
     """
-    host = socket.gethostname()
+    host = _host()
     for left in parent.glob(f"{host}+*"):
         if not _is_alive(left.name.split("+")[1]):
             shutil.rmtree(left, ignore_errors=True)
     staging = parent / f"{host}+{os.getpid()}+{uuid.uuid4().hex[:8]}"
     staging.mkdir(parents=True)
     return staging
+
+
+def _host() -> str:
+    """Where a process number means something: containers of one host name each count their own."""
+    namespace = Path("/proc/self/ns/pid")
+    number = f".{namespace.stat().st_ino}" if namespace.exists() else ""
+    return socket.gethostname() + number
 
 
 def _is_alive(pid: str) -> bool:

@@ -1,10 +1,10 @@
 """`doctor` tells what is there, what is missing, and how to get it."""
 
+import ctypes
 import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +143,45 @@ def test_cpu_kernels_that_torchs_process_refuses_are_a_problem(
 def test_absent_cpu_kernels_come_with_the_way_to_them(
     dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    glob = Path.glob
-
-    def without_library(folder: Path, pattern: str) -> Iterator[Path]:
-        return (path for path in glob(folder, pattern) if path.suffix != ".so")
-
-    monkeypatch.setattr(Path, "glob", without_library)
+    monkeypatch.setattr(Path, "is_file", lambda path: path.suffix != ".so")
 
     kernels = checks(dbllm)["CPU kernels"]
     assert kernels["ok"]
     assert kernels["found"].startswith("not compiled")
     assert "pip install" in kernels["hint"]
+
+
+def test_a_torch_that_can_t_be_imported_is_a_problem(
+    dbllm: DbllmCall,
+    packages: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: no such file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(doctor, "_refusal", REFUSAL)
+
+    kernels = checks(dbllm)["CPU kernels"]
+    assert not kernels["ok"]
+    assert "torch can't be imported: ImportError: libcudart.so.13" in kernels["found"]
+
+
+def test_a_library_of_another_processor_is_a_problem(
+    dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(f"{path}: invalid ELF header")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+
+    kernels = checks(dbllm)["CPU kernels"]
+    assert not kernels["ok"]
+    assert "invalid ELF header" in kernels["found"]
+
+
+def test_an_empty_cc_is_as_none(
+    dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = checks(dbllm)["C compiler"]
+    monkeypatch.setenv("CC", "")
+    assert checks(dbllm)["C compiler"] == found

@@ -36,7 +36,7 @@ def test_inputs_reach_the_stage_by_slot(
 ) -> None:
     calibration = dbllm("calibrate", "model").path
     start = dbllm("init-fdb", "model").path
-    evals = [dbllm("eval-ppl", source).path for source in (start, "model")]
+    evals = [dbllm("eval-ppl", source, calibration).path for source in (start, "model")]
 
     dbllm("distill", start, "model", calibration)
     assert {slot: item.kind for slot, item in stage_calls[-1].inputs.items()} == {
@@ -118,11 +118,11 @@ def test_the_revisions_of_model_and_dataset_are_two_options(
     monkeypatch.setattr("dbllm_cli.commands.stages.resolve_input", recording)
     dbllm(
         *("calibrate", "model", "--model-revision", "abc"),
-        *("--source", "text", "--dataset", "some/text", "--revision", "def"),
+        *("--source", "text", "--dataset", "some/text", "--revision", "d" * 40),
     )
 
     assert asked == ["abc"]
-    assert stage_calls[0].config.revision == "def"
+    assert stage_calls[0].config.revision == "d" * 40
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
+from dbllm_cli.configs import EvalPplConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.llm.text import (
     TextSource,
@@ -177,6 +178,19 @@ def test_a_dataset_gives_its_column_at_the_revision_asked_for(
     assert asked == [(("owner/name", "part"), {"split": "test", "revision": "abc"})]
     with pytest.raises(ConfigError, match="no column body"):
         _source(None, dataset="owner/name", revision="abc", text_field="body").read()
+
+
+def test_a_folder_is_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a path here") as caught:
+        _source(None, dataset=str(tmp_path), revision="abc").read()
+    assert f"--text {tmp_path}" in caught.value.hint
+
+
+@pytest.mark.parametrize("revision", [None, "main", "abc123"])
+def test_a_dataset_is_pinned_to_a_commit(revision: str | None) -> None:
+    with pytest.raises(ValueError, match="40 digits of a commit"):
+        EvalPplConfig(dataset="owner/name", revision=revision)
+    assert EvalPplConfig(dataset="owner/name", revision="0f" * 20).revision == "0f" * 20
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no network\nat all"), ConnectionError()])

@@ -151,3 +151,28 @@ def test_a_wrong_override_is_shown_as_it_was_given(
     assert error.message.startswith(f"--set {override}: ")
     assert message in error.message
     assert hint in error.hint
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("init-fdb: {inputs: {model: model}, config: {method: gptq}}", "gptq needs a calibration"),
+        ("eval-ppl: {inputs: {model: model}}", "no text, no dataset and no calibration"),
+        (
+            "eval-ppl: {inputs: {model: model, calibration: calibrate}, config: {stride: 8}}",
+            "stride has no effect on the held-out part",
+        ),
+        (
+            "eval-ppl: {inputs: {model: model, calibration: calibrate}, config: {text: x}}",
+            "both a text and a calibration",
+        ),
+    ],
+)
+def test_settings_that_don_t_fit_the_inputs_are_told_before_anything_runs(
+    tmp_path: Path, step: str, message: str
+) -> None:
+    file = tmp_path / "x.yaml"
+    head = "schema_version: 1\nmodel: {path: x}\nsteps:\n  calibrate: {inputs: {model: model}}\n"
+    file.write_text(f"{head}  {step}\n")
+    with pytest.raises(ConfigError, match=rf"x\.yaml:5: step .*{message}"):
+        load_pipeline(file)

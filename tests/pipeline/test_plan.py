@@ -113,6 +113,15 @@ def test_only_leaves_the_others_out(done: Pipeline, store: Store) -> None:
     assert {action for action, _ in shown.values()} == {"left out"}
 
 
+def test_only_asks_nothing_of_the_steps_it_leaves_out(load: Load, store: Store) -> None:
+    pipeline = load("", "", "gather.text=absent.txt")
+    with pytest.raises(ConfigError, match=r"absent\.txt can't be read"):
+        plan_pipeline(pipeline, store)
+    assert show(pipeline, store, only="teacher")["teacher"][0] == "run"
+    with pytest.raises(ArtifactMissingError, match="needs the artifact of gather"):
+        plan_pipeline(pipeline, store, only="start")
+
+
 def test_forcing_a_step_that_is_left_out_is_refused(done: Pipeline, store: Store) -> None:
     with pytest.raises(ConfigError, match="--force start has no effect beside --only train"):
         show(done, store, only="train", force=["start"])

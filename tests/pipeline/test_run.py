@@ -15,7 +15,7 @@ from dbllm_cli.pipeline.file import Pipeline
 from dbllm_cli.pipeline.run import Outcome, run_pipeline, run_stage
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.stages.spec import Context, Metrics, StageSpec
-from dbllm_cli.store import Artifact, Store, digest_of, lineage_key
+from dbllm_cli.store import Artifact, Store, lineage_key
 
 Load = Callable[..., Pipeline]
 Body = Callable[[Any, Mapping[str, Artifact], Context], Metrics]
@@ -39,6 +39,14 @@ def gather(stages: dict[str, StageSpec], store: Store, model: Artifact) -> Run:
 
 def run(pipeline: Pipeline, store: Store, **options: Any) -> list[Outcome]:
     return run_pipeline(pipeline, store, progress=SilentProgress(), **options)
+
+
+class Notes(SilentProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
 
 
 def empty(folder: Path) -> bool:
@@ -237,24 +245,34 @@ def test_an_interrupted_pipeline_goes_on_where_it_was(
     assert ran == ["train", "measure", "measure", "bind", "clock"]
 
 
-def test_a_second_run_of_a_pipeline_fails_at_once(load: Load, store: Store, ran: list[str]) -> None:
-    pipeline = load()
-    with (
-        store.lock(digest_of(str(pipeline.path.resolve())), "pipeline"),
-        pytest.raises(StageFailedError, match=r"pipeline .*pipeline\.yaml is held by another run"),
-    ):
-        run(pipeline, store)
-    assert ran == []
+def test_a_second_run_of_a_pipeline_fails_at_once_and_one_of_other_settings_goes_on(
+    load: Load, store: Store, ran: list[str], set_body: SetBody
+) -> None:
+    def body(config: Any, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+        if config.steps == 40:
+            held = r"pipeline .*pipeline\.yaml is held by another run"
+            with pytest.raises(StageFailedError, match=held):
+                run(load(), store)
+            run(load("", "", "train.steps=50"), store)
+        ran.append(f"train {config.steps}")
+        return {}
+
+    set_body("train", body)
+    run(load(), store)
+    assert [name for name in ran if name.startswith("train")] == ["train 50", "train 40"]
+
+
+def test_after_a_forced_step_the_way_to_go_on_is_told(
+    load: Load, store: Store, ran: list[str]
+) -> None:
+    notes = Notes()
+    run_pipeline(load(), store, progress=notes, force=["start"])
+    made = next(n for n, line in enumerate(notes.lines) if line.startswith("start: made"))
+    assert "leave out --force start" in notes.lines[made + 1]
+    assert sum("--force" in line for line in notes.lines) == 1
 
 
 def test_every_step_tells_how_it_ended(load: Load, store: Store, ran: list[str]) -> None:
-    class Notes(SilentProgress):
-        def __init__(self) -> None:
-            self.lines: list[str] = []
-
-        def note(self, message: str) -> None:
-            self.lines.append(message)
-
     notes = Notes()
     run_pipeline(load(), store, progress=notes)
     run_pipeline(load(), store, progress=notes)

@@ -99,7 +99,7 @@ def test_documents_are_joined_each_after_a_start_token(
     path.write_text("<|endoftext|>".join(documents))
     artifact = workshop.make(
         "eval-ppl", {"model": llama}, text=str(path), protocol="documents",
-        separator="<|endoftext|>", **SHORT,
+        separator="<|endoftext|>", sequence_length=16,
     )  # fmt: skip
     stream = [
         token

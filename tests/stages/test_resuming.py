@@ -97,3 +97,23 @@ def test_a_device_that_is_not_there_leaves_no_record(tmp_path: Path) -> None:
 def test_the_manifest_tells_which_dtype_it_was(fresh: Workshop, llama: Artifact) -> None:
     manifest = fresh.calibrate(fresh.model(llama.path), compute_dtype="bfloat16").manifest
     assert manifest["provenance"]["begun"]["compute_dtype"] == "bfloat16"
+
+
+def test_what_a_run_goes_on_from_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def record(path: Path) -> None:
+        names = {each.name for each in tmp_path.iterdir()}
+        synced.append(f"{path.name} {'after' if names & {'a.safetensors', 'last-3'} else 'before'}")
+
+    monkeypatch.setattr(resuming, "sync", record)
+    tensors = {"a": torch.zeros(2)}
+    resuming.keep_tensors(tensors, tmp_path / "a.safetensors")
+    assert synced == ["a.part before", f"{tmp_path.name} after"]
+    synced.clear()
+    (tmp_path / "a.safetensors").unlink()
+    resuming.save_checkpoint(tmp_path, "last", 3, tensors, {})
+    assert {"model.safetensors before", "state.json before"} <= set(synced)
+    assert synced[-2:] == [".last before", f"{tmp_path.name} after"]

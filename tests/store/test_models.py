@@ -142,6 +142,38 @@ def test_a_plan_does_not_download(store: Store, monkeypatch: pytest.MonkeyPatch)
     assert resolve_model("owner/name", None, store, download=False) is None
 
 
+@pytest.mark.parametrize("there", [["config.json"], ["config.json", "model-1-of-2.safetensors"]])
+def test_a_download_that_was_cut_short_is_no_model_yet(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch, there: list[str]
+) -> None:
+    (model / "model.safetensors").rename(model / "model-1-of-2.safetensors")
+    for path in model.iterdir():
+        if path.name not in there:
+            path.unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(model))
+    assert resolve_model("owner/name", None, store, download=False) is None
+    with pytest.raises(ArtifactMissingError, match=r"has no weights|lacks model\.safe.*index"):
+        resolve_model("owner/name", None, store)
+
+
+def test_a_packed_model_may_come_from_the_hub(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model / "config.json").write_text('{"quantization_config": {"quant_method": "dbllm"}}')
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(model))
+    kinds = ("model", "fdb", "packed")
+    for reference, taken in (("owner/name", kinds), (str(model), kinds), (str(model), kinds[2:])):
+        found = resolve_input(reference, taken, store)
+        assert (found.kind, found.path) == ("packed", model)
+    with pytest.raises(ArtifactMissingError, match="of kind packed, made by dbllm"):
+        resolve_input("owner/name", ("model",), store)
+
+
+def test_another_tools_manifest_makes_no_artifact_of_a_model(model: Path, store: Store) -> None:
+    (model / "manifest.json").write_text('{"name": "theirs"}')
+    assert resolve_input(str(model), ("model", "fdb", "packed"), store).kind == "model"
+
+
 def test_a_failed_download_says_why(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str, **options: object) -> str:
         raise LocalEntryNotFoundError("no connection")

@@ -1,5 +1,7 @@
 import errno
+import fcntl
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -151,11 +153,14 @@ def test_leftovers_of_dead_processes_are_cleared_and_those_of_living_ones_kept(
     ended.wait()
     dead = mine.parent / f"{host}+{ended.pid}+00000000"
     elsewhere = mine.parent / f"another-host+{ended.pid}+00000000"
-    dead.mkdir()
-    elsewhere.mkdir()
+    # A container of this host's name counts processes of its own.
+    contained = mine.parent / f"{socket.gethostname()}.1+{ended.pid}+00000000"
+    for folder in (dead, elsewhere, contained):
+        folder.mkdir()
     store.staging()
     assert mine.exists()
     assert elsewhere.exists()
+    assert contained.exists()
     assert not dead.exists()
 
 
@@ -169,6 +174,18 @@ def test_a_held_lock_names_its_holder_and_is_free_again_after(store: Store) -> N
         with store.lock("other" * 9, "another"):
             pass
     with store.lock("k" * 64, "step distill"):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_filesystem_without_locks_is_worked_on_without(
+    store: Store, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with store.lock("k" * 64, "x"):
         pass
 
 

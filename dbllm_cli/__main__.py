@@ -1,5 +1,6 @@
 """The command `dbllm`: the app, and the only place where errors become exit codes."""
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of the console script."""
+    # torch reads it when it is imported: what Apple's GPUs lack (frexp, eigh) runs on the CPU.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    DbrxConfig,
+    MambaConfig,
     MixtralConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
@@ -115,6 +117,34 @@ def test_reconstruct_runs_each_block_with_its_own_mask(
     assert blocks[1]["error_after"] == pytest.approx(float(error), rel=1e-2, abs=2e-6)
 
 
+def test_experts_fused_into_matrices_are_refused_too(workshop: Workshop, tmp_path: Path) -> None:
+    config = DbrxConfig(
+        d_model=64, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=288,
+        ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1},
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+    )  # fmt: skip
+    build_model(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match=r"ffn\.experts\.mlp .*24,576 weights"):
+        workshop.make("init-fdb", {"model": workshop.model(tmp_path)}, method="mse", levels="plain")
+
+
+def test_a_layer_whose_weight_is_read_and_that_is_never_called_is_refused(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    config = MambaConfig(vocab_size=288, hidden_size=64, num_hidden_layers=2, state_size=2)
+    build_model(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    model = workshop.model(tmp_path)
+    with pytest.raises(ConfigError, match=r"does not call .*dt_proj \(2 such") as caught:
+        workshop.make("init-fdb", {"model": model}, method="mse", levels="plain")
+    assert "--exclude '*dt_proj'" in caught.value.hint
+    settings = {"method": "mse", "levels": "plain", "exclude": ("*dt_proj",)}
+    start = workshop.make("init-fdb", {"model": model}, **settings)
+    packed = workshop.make("pack", {"fdb": start})
+    assert logits_of(load_model(packed.path, torch.float32)).isfinite().all()
+
+
 MIXTURES = {
     "mixtral": MixtralConfig(
         vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
@@ -138,7 +168,9 @@ def mixture(request: pytest.FixtureRequest, tmp_path: Path, workshop: Workshop) 
 
 
 def test_fused_experts_are_refused_by_name(workshop: Workshop, mixture: Artifact) -> None:
-    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp\.experts .*fuses") as caught:
+    with pytest.raises(
+        ConfigError, match=r"model\.layers\.0\.mlp\.experts .*fused into one tensor"
+    ) as caught:
         workshop.make("init-fdb", {"model": mixture})
     assert "--exclude" in caught.value.hint
 

@@ -73,13 +73,15 @@ def _damp(gram: Tensor) -> Tensor:
 
 def _inverse_root(gram: Tensor) -> Tensor:
     """The upper triangular U with UᵀU = gram⁻¹: row j holds how the columns after j follow it."""
-    lower, failed = torch.linalg.cholesky_ex(gram.double())
+    # Apple's GPUs have no float64.
+    wide = (gram.cpu() if gram.device.type == "mps" else gram).double()
+    lower, failed = torch.linalg.cholesky_ex(wide)
     upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if failed or failed_too:
         raise StageFailedError(
             "XᵀX of its inputs can't be inverted", "use more samples, or --method als"
         )
-    return cast(Tensor, upper.to(torch.float32))
+    return cast(Tensor, upper.to(gram.device, torch.float32))
 
 
 def _round_columns(

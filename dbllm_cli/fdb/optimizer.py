@@ -37,7 +37,8 @@ class RelativeAdamW:
         layers: name -> layer.
         latent_lr: relative rate of latent weights.
         scale_lr: relative rate of scales.
-        others: name -> parameter outside the layers; their rates are times their mean magnitude.
+        others: name -> parameter outside the layers; their rates are times their mean magnitude, of
+            one that is all zero, as a bias may be, times that of the others of its rank.
         others_lr: relative rate of these.
         latent_decay: share of the way back to where they start that latent weights go in every
             step (decoupled weight decay as AdamW's, but towards the start: L2-SP, Li et al. 2018).
@@ -67,7 +68,7 @@ class RelativeAdamW:
             if isinstance(layer, LatentLinear):
                 groups.append(_group(f"{name}.latent", layer.latent, latent_lr * size))
         for name, parameter in (others or {}).items():
-            size = float(parameter.detach().abs().mean())
+            size = _mean_magnitude(parameter) or _size_of_rank(parameter.dim(), others or {})
             groups.append(_group(name, parameter, others_lr * size))
         # The gradients are those of a relative error and tiny: a usual epsilon would rule the step.
         self._optimizer = torch.optim.AdamW(
@@ -117,6 +118,16 @@ class RelativeAdamW:
             }
             if state:
                 self._optimizer.state[parameter] = state
+
+
+def _mean_magnitude(parameter: Tensor) -> float:
+    return float(parameter.detach().abs().mean())
+
+
+def _size_of_rank(rank: int, parameters: Mapping[str, Tensor]) -> float:
+    """Mean magnitude of the parameters of this rank that are not all zero; 0 without any."""
+    sizes = [_mean_magnitude(each) for each in parameters.values() if each.dim() == rank]
+    return sum(sizes) / max(1, sum(size > 0 for size in sizes))
 
 
 def _group(name: str, parameter: Tensor, base_lr: float) -> dict[str, object]:

@@ -49,21 +49,27 @@ class Spans(NamedTuple):
         return Spans(centre, outer, torch.minimum(self.inner.clamp(min=0), outer))
 
 
-def project_scales(alpha: Tensor, kind: LevelKind) -> Tensor:
-    """Scales brought to what a group may have, `[2 or 3, ...]`."""
-    if kind == "offset":
-        return Spans.of(alpha).project().alpha
-    pair = project_signs(alpha[0], alpha[1])
-    return torch.stack(tie_scales(*pair) if kind == "tied" else pair)
-
-
-def keep_orientation(alpha: Tensor, upright: Tensor) -> Tensor:
-    """The nearest scales whose sum alpha1 + alpha2 has not the other sign.
+def project_scales(alpha: Tensor, kind: LevelKind, upright: Tensor | None = None) -> Tensor:
+    """Scales brought to what a group may have.
 
     Args:
-        alpha: allowed ones, `[2 or 3, out, groups]`.
-        upright: where the sum may not be negative, bool `[out, groups]`; elsewhere not positive.
+        alpha: `[2 or 3, ...]`.
+        kind: of the levels.
+        upright: where alpha1 + alpha2 may not be negative, bool `[...]`; elsewhere not positive. As
+            it is when absent.
     """
+    if kind == "offset":
+        allowed = Spans.of(alpha).project().alpha
+    else:
+        pair = project_signs(alpha[0], alpha[1])
+        if kind == "tied":
+            return torch.stack(tie_scales(*pair, upright))
+        allowed = torch.stack(pair)
+    return allowed if upright is None else _keep_orientation(allowed, upright)
+
+
+def _keep_orientation(alpha: Tensor, upright: Tensor) -> Tensor:
+    """The nearest scales whose sum alpha1 + alpha2 has not the other sign."""
     middle = alpha[0] + alpha[1]
     excess = torch.where(upright, middle.clamp(max=0), middle.clamp(min=0)) / 2
     return torch.cat((alpha[:2] - excess, alpha[2:]))
@@ -127,14 +133,17 @@ def tied_units(upright: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(upright, 2.0, 1.0), torch.where(upright, -1.0, -2.0)
 
 
-def tie_scales(alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:
+def tie_scales(
+    alpha1: Tensor, alpha2: Tensor, upright: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The nearest scales of which the larger is twice the smaller.
 
     Args:
         alpha1: not negative, any shape.
         alpha2: not positive, the same shape.
+        upright: where alpha1 is to be the larger; where it is when absent.
     """
-    unit1, unit2 = tied_units(alpha1 + alpha2 >= 0)
+    unit1, unit2 = tied_units(alpha1 + alpha2 >= 0 if upright is None else upright)
     step = (unit1 * alpha1 + unit2 * alpha2) / 5
     return unit1 * step, unit2 * step
 

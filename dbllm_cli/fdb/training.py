@@ -21,7 +21,6 @@ from dbllm_cli.fdb.linear import autocast_input
 from dbllm_cli.fdb.quantized import QuantizedMatrix, pack_cells
 from dbllm_cli.fdb.scales import (
     LevelKind,
-    keep_orientation,
     project_scales,
     round_scales,
     tied_units,
@@ -177,7 +176,14 @@ class TrainableLinear(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Bring the scales back to what a group may have, after every step."""
-        self.alpha.copy_(project_scales(self.alpha, self.levels))
+        self.alpha.copy_(project_scales(self.alpha, self.levels, self._upright()))
+
+    def _upright(self) -> Tensor | None:
+        """Which orientation the levels must keep, bool `[out, groups]`; None where either will do.
+
+        Over fixed planes and moving cells the order of the two middle levels may change.
+        """
+        return None
 
 
 class LatentLinear(TrainableLinear):
@@ -214,13 +220,8 @@ class LatentLinear(TrainableLinear):
     def _planes(self, alpha: Tensor) -> Tensor:
         return pack_cells(self.latent, self._cells(alpha), self.group_size)
 
-    @torch.no_grad()
-    def project(self) -> None:
-        """As every layer's; fixed cells keep the order of their levels too."""
-        super().project()
-        if self.cells is not None:
-            upright = self.cells[0] + self.cells[1] >= 0
-            self.alpha.copy_(keep_orientation(self.alpha, upright))
+    def _upright(self) -> Tensor | None:
+        return None if self.cells is None else self.cells[0] + self.cells[1] >= 0
 
     def _cells(self, alpha: Tensor) -> Tensor:
         if self.cells is None:

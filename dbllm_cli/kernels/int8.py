@@ -54,8 +54,13 @@ def int8_linear(x: Tensor, weight: Tensor) -> Tensor:
         `[..., rows]` of x's dtype.
 
     Raises:
-        ValueError: the rows do not fit x.
+        ValueError: the rows do not fit x, or x is not floating.
     """
+    if not x.is_floating_point():
+        raise ValueError(
+            f"8-bit rows take floating inputs, not {x.dtype}: a model that casts to the dtype of "
+            "its output layer's weight must be packed without --embeddings int8"
+        )
     if weight.dim() != 2 or weight.dtype != torch.uint8 or x.shape[-1] + 2 != weight.shape[1]:
         raise ValueError(
             f"{x.shape[-1]} inputs take uint8 rows of {x.shape[-1] + 2} bytes, "

@@ -14,6 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.linear import FdbLinear
 
+_MOST_OTHERS = 0.05
+"""Weights that are no linear layer's, as a share of the selected ones: fused experts are far more,
+the states of a state-space layer far fewer."""
+
 
 @dataclass(frozen=True)
 class DecoderBlocks:
@@ -92,8 +96,8 @@ def select_layers(
     """The linear layers whose names match `include` and not `exclude` (shell wildcards).
 
     Raises:
-        ConfigError: nothing matches, or a block holds fused expert tensors, which are not linear
-            layers and would be left in full precision unsaid.
+        ConfigError: nothing matches, or blocks hold many weights that are no linear layer's, such
+            as fused experts, which would be left in full precision unsaid.
     """
     selected = {
         name: module
@@ -105,26 +109,36 @@ def select_layers(
             f"no linear layer matches include {list(include)} without exclude {list(exclude)}",
             f"names look like {next(blocks.linear_layers())[0]}",
         )
+    _refuse_other_weights(blocks, sum(map(_weight_count, selected.values())), exclude)
+    return selected
+
+
+def _refuse_other_weights(blocks: DecoderBlocks, selected: int, exclude: Sequence[str]) -> None:
+    others: dict[str, tuple[nn.Module, int]] = {}
     for index, block in enumerate(blocks.modules):
         for name, module in block.named_modules():
             full = f"{blocks.name(index)}.{name}"
-            if _holds_fused_experts(module) and not _matches(full, exclude):
-                raise ConfigError(
-                    f"{full} ({type(module).__name__}) fuses its experts into one tensor, "
-                    "which dbllm can't quantize",
-                    "leave such modules in full precision with --exclude '*experts*'",
-                )
-    return selected
+            weights = _other_weights(module)
+            if weights and not _matches(full, exclude):
+                others[full] = module, weights
+    if sum(weights for _, weights in others.values()) > _MOST_OTHERS * selected:
+        full, (module, weights) = max(others.items(), key=lambda item: item[1][1])
+        raise ConfigError(
+            f"{full} ({type(module).__name__}) holds {weights:,} weights outside linear layers, as "
+            "experts fused into one tensor are, which dbllm can't quantize",
+            f"leave such modules in full precision with --exclude '*{full.rpartition('.')[2]}*'",
+        )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _holds_fused_experts(module: nn.Module) -> bool:
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    own = module.named_parameters(recurse=False)
-    return not convolution and any(parameter.ndim >= 3 for _, parameter in own)
+def _other_weights(module: nn.Module) -> int:
+    """How many weights in matrices a module holds itself that belong to no layer known here."""
+    if is_linear(module) or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding):
+        return 0
+    return sum(own.numel() for own in module.parameters(recurse=False) if own.ndim >= 2)
 
 
 @dataclass(frozen=True)

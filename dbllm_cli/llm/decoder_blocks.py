@@ -38,6 +38,13 @@ def use_block_kernels(model: PreTrainedModel) -> None:
                 layer.forward = decoding
 
 
+def leave_block_kernels(model: nn.Module) -> None:
+    """Undo `use_block_kernels`, which keeps tensors that were moved or replaced since."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), _Decoding):
+            del module.forward
+
+
 class _Decoding:
     """The forward of a block: in two operators for single tokens, else its own.
 

@@ -23,7 +23,7 @@ def head_parameters(model: PreTrainedModel) -> list[Tensor]:
 
 
 def head(model: PreTrainedModel) -> Head:
-    """The map from final hidden states to logits: output embeddings and the family's soft cap.
+    """The map from final hidden states to logits: output embeddings, the family's scale and cap.
 
     Raises:
         ConfigError: the model's own logits are not reproduced.
@@ -33,8 +33,13 @@ def head(model: PreTrainedModel) -> Head:
     settings = model.config.get_text_config()
     cap = getattr(settings, "final_logit_softcapping", None)
 
+    # Cohere multiplies, Granite divides.
+    scale = getattr(settings, "logit_scale", None) or 1.0
+    scale /= getattr(settings, "logits_scaling", None) or 1.0
+
     def to_logits(hidden: Tensor) -> Tensor:
         logits: Tensor = embeddings(hidden)
+        logits = logits if scale == 1.0 else logits * scale
         return cap * torch.tanh(logits / cap) if cap else logits
 
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """What the linear layers of one decoder block get as inputs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 
 import torch
@@ -40,6 +40,31 @@ def layers_by_input(
         for handle in handles:
             handle.remove()
     return shared
+
+
+def uncalled_layers(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Layers that a model does not call: it reads their weights by itself, as Mamba does dt_proj's.
+
+    Args:
+        model: on the meta device.
+        names: of the layers.
+
+    Returns:
+        Their names in order; none where the model can't run on the meta device.
+    """
+    called: set[str] = set()
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        for name in names
+    ]
+    try:
+        model(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), use_cache=False)
+    except Exception:  # noqa: BLE001  what a family does with its tokens is its own
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in names if name not in called]
 
 
 class _Reached(Exception):  # noqa: N818

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, first_line
+from dbllm_cli.llm.decoder_blocks import leave_block_kernels
 from dbllm_cli.llm.quantizer import NewerFormatError, register
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 from dbllm_cli.store import Artifact, new_staging
@@ -176,6 +177,8 @@ def load_model(
     with _quiet():
         model = _from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     moved: Any = model.to(device)  # type: ignore[arg-type]
+    if torch.device(device).type != "cpu":
+        leave_block_kernels(moved)
     return moved.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 

@@ -13,6 +13,7 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
 from dbllm_cli.llm.blocks import find_blocks, matrix_of, select_layers
+from dbllm_cli.llm.layer_inputs import uncalled_layers
 from dbllm_cli.llm.models import (
     Model,
     copy_other_files,
@@ -37,7 +38,7 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
 
     Raises:
         ArtifactCorruptError: a weight is NaN.
-        ConfigError: no layer selected, or fused experts.
+        ConfigError: no layer selected, one that is never called, or fused experts.
         ArtifactMissingError: the calibration is another model's.
         StageFailedError: a scale is not finite in float16.
     """
@@ -48,6 +49,7 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     model = empty_model(load_config(folder, ctx.trust_remote_code), ctx.trust_remote_code)
     blocks = find_blocks(model)
     layers = select_layers(blocks, config.include, config.exclude)
+    _require_calls(model, layers)
     means: Mapping[str, Tensor] = {}
     if "calibration" in inputs:
         means = open_calibration(inputs["calibration"]).input_mean_squares
@@ -64,6 +66,16 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     report = write_layer_report(folder, means, ctx)
     show_layers(report, ctx.progress)
     return {**over_all_layers(report), **blocks_report}
+
+
+def _require_calls(model: Model, layers: Collection[str]) -> None:
+    uncalled = uncalled_layers(model, layers)
+    if uncalled:
+        raise ConfigError(
+            f"{type(model).__name__} does not call {uncalled[0]} ({len(uncalled)} such layers), so "
+            "that it needs its weight in full precision",
+            f"leave them out: --exclude '*{uncalled[0].rpartition('.')[2]}'",
+        )
 
 
 def _fitted_layers(

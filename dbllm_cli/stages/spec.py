@@ -115,7 +115,7 @@ STAGES: dict[str, StageSpec] = {
         ),
         StageSpec(
             "distill",
-            7,
+            8,
             configs.DistillConfig,
             (_STUDENT, _MODEL, _CALIBRATION),
             "fdb",

@@ -10,6 +10,7 @@ from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.fdb.training import LatentLinear, ScaleLinear, TrainableLinear, latent_start
 from dbllm_cli.llm.blocks import matrix_of
+from dbllm_cli.llm.decoder_blocks import leave_block_kernels
 from dbllm_cli.llm.packed import PackedFolder
 
 _MARGIN = 0.2
@@ -141,4 +142,5 @@ def make_trainable(
                 student, name, packed.quantized, matrix, bias, fixed_cells=True
             )
         replace_module(model, name, layers[name])
+    leave_block_kernels(model)
     return layers

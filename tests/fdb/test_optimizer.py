@@ -184,3 +184,18 @@ def test_a_state_saved_before_the_first_step_can_be_loaded() -> None:
     saved = RelativeAdamW(first, LATENT_LR, SCALE_LR).state_tensors()
     RelativeAdamW(second, LATENT_LR, SCALE_LR).load_state_tensors(saved)
     assert all(torch.equal(a, b) for a, b in zip(_values(first), _values(second), strict=True))
+
+
+def test_a_bias_that_starts_at_zero_trains_at_the_rate_of_the_other_vectors() -> None:
+    others = {
+        "norm": torch.full((4,), 2.0, requires_grad=True),
+        "bias": torch.zeros(4, requires_grad=True),
+        "table": torch.full((3, 4), 0.1, requires_grad=True),
+    }
+    optimizer = RelativeAdamW({}, 0.0, 0.0, others, 1e-2)
+    for parameter in others.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(1.0)
+    moved = {"norm": 2.0, "bias": 0.0, "table": 0.1}
+    steps = {name: float(moved[name] - others[name].detach().max()) for name in others}
+    assert steps == pytest.approx({"norm": 2e-2, "bias": 2e-2, "table": 1e-3}, rel=1e-2)

@@ -255,3 +255,21 @@ def test_scales_never_turn_the_order_of_the_levels_of_fixed_cells() -> None:
         moving.alpha[0], moving.alpha[1] = -alpha2, -alpha1
     moving.project()
     assert torch.equal(moving.alpha[0], -alpha2)
+
+
+def test_tied_levels_of_fixed_cells_stay_tied() -> None:
+    layer = _in_fixed_cells("tied")
+    assert layer.cells is not None
+    upright = layer.cells[0] + layer.cells[1] >= 0
+    assert upright.any()
+    assert not upright.all()
+    for seed in range(20):
+        with torch.no_grad():
+            layer.alpha += 0.3 * _normal(*layer.alpha.shape, seed=seed)
+        layer.project()
+        larger = torch.where(upright, layer.alpha[0], -layer.alpha[1])
+        smaller = torch.where(upright, -layer.alpha[1], layer.alpha[0])
+        torch.testing.assert_close(larger, 2 * smaller)
+        assert (smaller >= 0).all()
+    stored = layer.quantize().dense(torch.float32)
+    torch.testing.assert_close(layer.dense(torch.float32), stored, rtol=2e-3, atol=1e-6)

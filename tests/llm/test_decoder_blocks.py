@@ -1,6 +1,8 @@
 """Decoding with the kernels of attention and of whole blocks, against transformers' own."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.kernels import PackedBlock, cpu_kernels
 from dbllm_cli.llm.attention import NAME, use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks
-from dbllm_cli.llm.decoder_blocks import use_block_kernels
+from dbllm_cli.llm.decoder_blocks import leave_block_kernels, use_block_kernels
 from dbllm_cli.llm.quantizer import convert_layers
 from tests.tiny_models import FAMILIES, build_model
 
@@ -294,3 +296,14 @@ def test_an_attention_that_the_user_chose_stays() -> None:
 def test_the_choice_of_attention_is_not_saved_with_the_model(tmp_path: Path) -> None:
     _served("llama").config.save_pretrained(tmp_path)
     assert NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_a_model_that_leaves_the_kernels_frees_what_they_read() -> None:
+    model = _served("llama")
+    assert _fused(model) > 0
+    held = [weakref.ref(layer.tiles) for layer in model.modules() if isinstance(layer, FdbLinear)]
+    model.to("meta")
+    leave_block_kernels(model)
+    gc.collect()
+    assert _fused(model) == 0
+    assert all(tiles() is None for tiles in held)

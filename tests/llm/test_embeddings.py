@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.kernels import dequantize_rows, quantize_rows
+from dbllm_cli.kernels import dequantize_rows, int8_linear, quantize_rows
 from dbllm_cli.llm.embeddings import (
     Int8Embedding,
     Int8Head,
@@ -51,3 +51,10 @@ def test_an_embedding_that_does_more_than_look_up_is_refused(tmp_path: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "gemma", "gemma"))
     with pytest.raises(ConfigError, match="embeddings of GemmaForCausalLM"):
         embedding_names(model)
+
+
+def test_integers_in_the_place_of_hidden_states_are_refused() -> None:
+    """As a family gives them that casts to the dtype of the output layer's weight."""
+    rows = quantize_rows(torch.ones(5, 8))
+    with pytest.raises(ValueError, match="without --embeddings int8"):
+        int8_linear(torch.ones(2, 8, dtype=torch.uint8), rows)

@@ -1,7 +1,15 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, PreTrainedModel
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.llm.heads import final_hidden, head
@@ -36,6 +44,28 @@ def test_gemma_s_soft_cap_is_applied(ids: Tensor) -> None:
     )
     assert torch.allclose(head(model)(final_hidden(model, ids)), _logits(model, ids), atol=1e-5)
     assert float(_logits(model, ids).abs().max()) > 1
+
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CohereConfig(**_SMALL, logit_scale=0.25), GraniteConfig(**_SMALL, logits_scaling=4.0)],
+    ids=["cohere", "granite"],
+)
+def test_logits_that_a_family_scales_are_scaled(config: PreTrainedConfig, ids: Tensor) -> None:
+    model = random_model(config)
+    found = head(model)(final_hidden(model, ids))
+    assert torch.allclose(found, _logits(model, ids), rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_that_changes_its_logits_otherwise_is_refused() -> None:

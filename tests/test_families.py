@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     DbrxConfig,
+    JambaConfig,
     MambaConfig,
     MixtralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
 )
@@ -129,14 +131,28 @@ def test_experts_fused_into_matrices_are_refused_too(workshop: Workshop, tmp_pat
         workshop.make("init-fdb", {"model": workshop.model(tmp_path)}, method="mse", levels="plain")
 
 
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (MambaConfig(vocab_size=288, hidden_size=64, num_hidden_layers=2, state_size=2), 2),
+        (
+            JambaConfig(
+                vocab_size=288, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, num_experts=1, mamba_d_state=2,
+                attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
+            ),
+            1,
+        ),
+    ],
+    ids=["mamba", "jamba"],
+)  # fmt: skip
 def test_a_layer_whose_weight_is_read_and_that_is_never_called_is_refused(
-    workshop: Workshop, tmp_path: Path
+    workshop: Workshop, tmp_path: Path, config: PreTrainedConfig, layers: int
 ) -> None:
-    config = MambaConfig(vocab_size=288, hidden_size=64, num_hidden_layers=2, state_size=2)
     build_model(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     model = workshop.model(tmp_path)
-    with pytest.raises(ConfigError, match=r"does not call .*dt_proj \(2 such") as caught:
+    with pytest.raises(ConfigError, match=rf"does not call .*dt_proj \({layers} such") as caught:
         workshop.make("init-fdb", {"model": model}, method="mse", levels="plain")
     assert "--exclude '*dt_proj'" in caught.value.hint
     settings = {"method": "mse", "levels": "plain", "exclude": ("*dt_proj",)}

@@ -191,7 +191,8 @@ def _refusal() -> str:
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        return f"torch can't be imported: {result.stderr.strip().splitlines()[-1]}"
+        said = result.stderr.strip().splitlines() or [f"its process ended with {result.returncode}"]
+        return f"torch can't be imported: {said[-1]}"
     return result.stdout.strip()
 
 

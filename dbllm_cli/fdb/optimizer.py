@@ -67,9 +67,9 @@ class RelativeAdamW:
             groups.append(_group(f"{name}.alpha", layer.alpha, scale_lr * size))
             if isinstance(layer, LatentLinear):
                 groups.append(_group(f"{name}.latent", layer.latent, latent_lr * size))
+        sizes = _sizes(others or {})
         for name, parameter in (others or {}).items():
-            size = _mean_magnitude(parameter) or _size_of_rank(parameter.dim(), others or {})
-            groups.append(_group(name, parameter, others_lr * size))
+            groups.append(_group(name, parameter, others_lr * sizes[name]))
         # The gradients are those of a relative error and tiny: a usual epsilon would rule the step.
         self._optimizer = torch.optim.AdamW(
             groups, betas=_BETAS, eps=1e-12, weight_decay=0.0, fused=True
@@ -120,14 +120,14 @@ class RelativeAdamW:
                 self._optimizer.state[parameter] = state
 
 
-def _mean_magnitude(parameter: Tensor) -> float:
-    return float(parameter.detach().abs().mean())
-
-
-def _size_of_rank(rank: int, parameters: Mapping[str, Tensor]) -> float:
-    """Mean magnitude of the parameters of this rank that are not all zero; 0 without any."""
-    sizes = [_mean_magnitude(each) for each in parameters.values() if each.dim() == rank]
-    return sum(sizes) / max(1, sum(size > 0 for size in sizes))
+def _sizes(parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean magnitudes; of one that is all zero, the mean of the others' of its rank, or 0."""
+    sizes = {name: float(each.detach().abs().mean()) for name, each in parameters.items()}
+    of_rank: dict[int, list[float]] = {}
+    for name, each in parameters.items():
+        of_rank.setdefault(each.dim(), []).extend([sizes[name]] if sizes[name] else [])
+    means = {rank: sum(found) / max(1, len(found)) for rank, found in of_rank.items()}
+    return {name: sizes[name] or means[each.dim()] for name, each in parameters.items()}
 
 
 def _group(name: str, parameter: Tensor, base_lr: float) -> dict[str, object]:

@@ -15,8 +15,8 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.linear import FdbLinear
 
 _MOST_OTHERS = 0.05
-"""Weights that are no linear layer's, as a share of the selected ones: fused experts are far more,
-the states of a state-space layer far fewer."""
+"""Weights outside linear layers, as a share of those within: fused experts are far more, the states
+of a state-space layer far fewer."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,12 @@ def select_layers(
             f"no linear layer matches include {list(include)} without exclude {list(exclude)}",
             f"names look like {next(blocks.linear_layers())[0]}",
         )
-    _refuse_other_weights(blocks, sum(map(_weight_count, selected.values())), exclude)
+    _refuse_other_weights(blocks, exclude)
     return selected
 
 
-def _refuse_other_weights(blocks: DecoderBlocks, selected: int, exclude: Sequence[str]) -> None:
+def _refuse_other_weights(blocks: DecoderBlocks, exclude: Sequence[str]) -> None:
+    linear = sum(_weight_count(module) for _, module in blocks.linear_layers())
     others: dict[str, tuple[nn.Module, int]] = {}
     for index, block in enumerate(blocks.modules):
         for name, module in block.named_modules():
@@ -121,12 +122,12 @@ def _refuse_other_weights(blocks: DecoderBlocks, selected: int, exclude: Sequenc
             weights = _other_weights(module)
             if weights and not _matches(full, exclude):
                 others[full] = module, weights
-    if sum(weights for _, weights in others.values()) > _MOST_OTHERS * selected:
+    if sum(weights for _, weights in others.values()) > _MOST_OTHERS * linear:
         full, (module, weights) = max(others.items(), key=lambda item: item[1][1])
         raise ConfigError(
             f"{full} ({type(module).__name__}) holds {weights:,} weights outside linear layers, as "
             "experts fused into one tensor are, which dbllm can't quantize",
-            f"leave such modules in full precision with --exclude '*{full.rpartition('.')[2]}*'",
+            f"leave such modules in full precision with --exclude '*.{full.rpartition('.')[2]}'",
         )
 
 

@@ -5,7 +5,7 @@ The vocabulary is large: whoever reads logits does so chunk by chunk through `he
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dbllm_cli.errors import ArtifactCorruptError, ConfigError
 from dbllm_cli.fdb.losses import Head
@@ -15,6 +15,13 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Final hidden states `[batch, tokens, hidden]` of tokens `[batch, tokens]`."""
     hidden: Tensor = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden
+
+
+def _logit_scale(settings: PreTrainedConfig) -> float:
+    """What the family multiplies logits by; MPT has a setting of the name and ignores it."""
+    if settings.model_type == "mpt":
+        return 1.0
+    return getattr(settings, "logit_scale", 1.0) / getattr(settings, "logits_scaling", 1.0)
 
 
 def head_parameters(model: PreTrainedModel) -> list[Tensor]:
@@ -33,9 +40,7 @@ def head(model: PreTrainedModel) -> Head:
     settings = model.config.get_text_config()
     cap = getattr(settings, "final_logit_softcapping", None)
 
-    # Cohere multiplies, Granite divides.
-    scale = getattr(settings, "logit_scale", None) or 1.0
-    scale /= getattr(settings, "logits_scaling", None) or 1.0
+    scale = _logit_scale(settings)
 
     def to_logits(hidden: Tensor) -> Tensor:
         logits: Tensor = embeddings(hidden)

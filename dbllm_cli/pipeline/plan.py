@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError
+from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, DbllmError
 from dbllm_cli.pipeline.file import Pipeline, Step
 from dbllm_cli.pipeline.lineage import Lineage, keyed_config, lineage_of
 from dbllm_cli.pipeline.nearest import nearest
@@ -71,11 +71,18 @@ def plan_pipeline(
     made = [item for item in store.artifacts() if isinstance(item, Artifact)]
     known: dict[str, Artifact] = {} if model is None else {MODEL: model}
     plan: list[PlannedStep] = []
+    unusable: dict[str, DbllmError] = {}
     for step in pipeline.steps:
         left_out = only is not None and step.name != only
-        planned = _planned(step, known, store, made, step.name in force, left_out)
+        try:
+            planned = _planned(step, known, store, made, step.name in force, left_out)
+        except (ConfigError, ArtifactCorruptError) as error:
+            if not left_out:
+                raise
+            planned = PlannedStep(step, "left out", (), None, None)
+            unusable[step.name] = error
         if step.name == only:
-            _require_inputs(step, known)
+            _require_inputs(step, known, unusable)
         if planned.artifact is not None:
             known[step.name] = planned.artifact
         plan.append(planned)
@@ -112,15 +119,10 @@ def _planned(
     inputs = gather(step, known)
     key = folder = artifact = None
     if inputs is not None:
-        try:
-            key = lineage_key(lineage_of(step.stage, step.config, inputs, store))
-            folder = store.folder(step.stage.output, key)
-            again = not left_out and (forced or step.stage.always_runs)
-            artifact = None if again else store.find(step.stage.output, key)
-        except (ConfigError, ArtifactCorruptError):
-            # A step that is left out may lack its files: whoever needs its artifact is told so.
-            if not left_out:
-                raise
+        key = lineage_key(lineage_of(step.stage, step.config, inputs, store))
+        folder = store.folder(step.stage.output, key)
+        again = not left_out and (forced or step.stage.always_runs)
+        artifact = None if again else store.find(step.stage.output, key)
     if left_out:
         return PlannedStep(step, "left out", (), key, folder, artifact)
     if artifact is not None:
@@ -193,8 +195,13 @@ def _started(artifact: Artifact) -> str:
     return str(artifact.manifest["provenance"].get("started", ""))
 
 
-def _require_inputs(step: Step, known: Mapping[str, Artifact]) -> None:
+def _require_inputs(
+    step: Step, known: Mapping[str, Artifact], unusable: Mapping[str, DbllmError]
+) -> None:
     missing = [source for _, source in _wires(step) if source not in known and source != MODEL]
+    for source in missing:
+        if source in unusable:
+            raise unusable[source]
     if missing:
         raise ArtifactMissingError(
             f"step {step.name} needs the artifact of {', '.join(dict.fromkeys(missing))}, which is "

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dbllm_cli.configs import StageConfig
@@ -165,7 +165,7 @@ def run_pipeline(
             known[step.name] = outcome.artifact
             done = f"made in {outcome.seconds:.0f} s" if outcome.ran else "up to date"
             progress.note(f"{step.name}: {done}, {outcome.artifact.path}")
-            if step.name in force:
+            if step.name in force and only is None:
                 progress.note(f"to go on from here after a stop, leave out --force {step.name}")
             outcomes.append(outcome)
         return outcomes
@@ -174,7 +174,7 @@ def run_pipeline(
 def _lock_key(pipeline: Pipeline) -> str:
     """Of a file and what `--set` makes of it: other settings may run beside it."""
     configs = {step.name: step.config.model_dump(mode="json") for step in pipeline.steps}
-    return digest_of([str(pipeline.path.resolve()), pipeline.model.path, configs])
+    return digest_of([str(pipeline.path.resolve()), asdict(pipeline.model), configs])
 
 
 def _check_inputs(spec: StageSpec, inputs: Mapping[str, Artifact]) -> None:

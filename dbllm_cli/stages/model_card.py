@@ -45,7 +45,7 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
         "",
         f"- {sizes['quantized_weights']:,} quantized weights, {bits} bits each when packed",
         f"- {sizes['weight_bytes']:,} bytes of tensors in all",
-        *_rounded_since(sizes),
+        *_rounded_since(sizes, has_figures=bool(evals)),
         *_levels(sizes["levels"]),
         "",
         "## Made by",
@@ -60,8 +60,8 @@ def model_card(fdb: Artifact, evals: Sequence[Artifact], sizes: dict[str, Any]) 
     return "\n".join(lines) + "\n"
 
 
-def _rounded_since(sizes: dict[str, Any]) -> list[str]:
-    before = "; the figures below are from before that"
+def _rounded_since(sizes: dict[str, Any], has_figures: bool) -> list[str]:
+    before = "; the figures below are from before that" if has_figures else ""
     if sizes["format"] == "dense":
         return ["- all weights in bfloat16" + before]
     if sizes["embeddings"] == "int8":

@@ -190,18 +190,25 @@ def _lacking(folder: Path) -> str | None:
     if not any(folder.glob("*.safetensors")):
         return "has no weights: no *.safetensors file"
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    if not index.is_file() and not (folder / "model.safetensors").is_file():
         shard = next(iter(sorted(folder.glob("*-of-*.safetensors"))), None)
         return None if shard is None else f"lacks {index.name}, which tells what {shard.name} holds"
-    weights = _json_object(index).get("weight_map")
+    weights = _json_object(index).get("weight_map") if index.is_file() else None
     named = set(weights.values()) if isinstance(weights, dict) else set()
     missing = sorted(name for name in named if not (folder / str(name)).is_file())
     return f"lacks {', '.join(missing)}, which its {index.name} names" if missing else None
 
 
 def _is_artifact(folder: Path) -> bool:
-    """Whether a folder is one of ours: other tools write a manifest.json too."""
-    return (folder / MANIFEST).is_file() and "lineage" in _json_object(folder / MANIFEST)
+    """Whether a folder is one of ours, damaged or not: other tools write a manifest.json too."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    if _is_packed(folder):
+        return True
+    try:
+        return "lineage" in _json_object(folder / MANIFEST)
+    except ArtifactCorruptError:
+        return False
 
 
 def _refuse_our_own(folder: Path) -> None:

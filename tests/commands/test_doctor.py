@@ -185,3 +185,13 @@ def test_an_empty_cc_is_as_none(
     found = checks(dbllm)["C compiler"]
     monkeypatch.setenv("CC", "")
     assert checks(dbllm)["C compiler"] == found
+
+
+def test_a_torch_that_kills_its_process_is_a_problem(
+    dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(doctor, "_refusal", REFUSAL)
+
+    assert "ended with -4" in checks(dbllm)["CPU kernels"]["found"]

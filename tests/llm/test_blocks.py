@@ -13,6 +13,7 @@ from transformers import (
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     MptConfig,
@@ -182,11 +183,17 @@ def test_a_selection_of_nothing_is_refused_and_shows_a_name(llama: PreTrainedMod
     assert "model.layers.0.self_attn.q_proj" in raised.value.hint
 
 
+def test_states_of_a_few_selected_layers_are_no_fused_experts() -> None:
+    config = MambaConfig(vocab_size=64, hidden_size=256, num_hidden_layers=4)
+    blocks = find_blocks(random_model(config))
+    assert len(select_layers(blocks, ["*.0.*"], [])) == 4
+
+
 def test_fused_experts_are_refused_by_name_unless_excluded() -> None:
     blocks = find_blocks(random_model(MixtralConfig(**_GATED, num_local_experts=2)))
     with pytest.raises(
         ConfigError, match=r"model\.layers\.0\.mlp\.experts .* fused into"
     ) as raised:
         select_layers(blocks, ["*"], [])
-    assert "--exclude '*experts*'" in raised.value.hint
+    assert "--exclude '*.experts'" in raised.value.hint
     assert select_layers(blocks, ["*"], ["*experts*"])

@@ -1,7 +1,11 @@
+import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from dbllm_cli.llm.layer_inputs import layers_by_input, weighted_gram
+from dbllm_cli.llm.blocks import find_blocks
+from dbllm_cli.llm.layer_inputs import layers_by_input, uncalled_layers, weighted_gram
+from tests.tiny_models import FAMILIES
 
 
 class _Block(nn.Module):
@@ -58,3 +62,15 @@ def test_the_block_runs_no_further_than_the_layer() -> None:
     gram = weighted_gram(block.rare, 4, [torch.ones(1, 3)], [torch.randn(1, 3, 4)], block)
     assert gram.any()
     assert not block.rare._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_without_weights_to_see_which_layers_it_calls(family: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(FAMILIES[family]())
+    names = [name for name, _ in find_blocks(model).linear_layers()]
+    assert uncalled_layers(model, names) == []
+    # Only a forward that came to its end can tell of it.
+    model.get_submodule(find_blocks(model).name(0)).register_module("spare", nn.Linear(2, 2))
+    spare = f"{find_blocks(model).name(0)}.spare"
+    assert uncalled_layers(model, [*names, spare]) == [spare]

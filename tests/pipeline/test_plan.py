@@ -118,8 +118,16 @@ def test_only_asks_nothing_of_the_steps_it_leaves_out(load: Load, store: Store) 
     with pytest.raises(ConfigError, match=r"absent\.txt can't be read"):
         plan_pipeline(pipeline, store)
     assert show(pipeline, store, only="teacher")["teacher"][0] == "run"
-    with pytest.raises(ArtifactMissingError, match="needs the artifact of gather"):
+    with pytest.raises(ConfigError, match=r"absent\.txt can't be read"):
         plan_pipeline(pipeline, store, only="start")
+
+
+def test_only_tells_of_a_damaged_input_and_of_no_other(done: Pipeline, store: Store) -> None:
+    folders = {planned.step.name: planned.folder for planned in plan_pipeline(done, store)}
+    (folders["gather"] / "content.json").write_text("")
+    with pytest.raises(ArtifactCorruptError, match=r"content\.json"):
+        plan_pipeline(done, store, only="start")
+    plan_pipeline(done, store, only="teacher")
 
 
 def test_forcing_a_step_that_is_left_out_is_refused(done: Pipeline, store: Store) -> None:

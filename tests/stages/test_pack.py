@@ -300,11 +300,14 @@ def test_figures_of_other_models_alone_are_refused(
     [({"format": "dense"}, "all weights in bfloat16"), ({"embeddings": "int8"}, "in 8 bits")],
 )
 def test_a_card_tells_what_was_rounded_after_its_figures(
-    workshop: Workshop, start: Artifact, settings: dict[str, str], what: str
+    workshop: Workshop, start: Artifact, text_file: Path, settings: dict[str, str], what: str
 ) -> None:
-    packed = workshop.make("pack", {"fdb": start}, **settings)
-    lines = (packed.path / "README.md").read_text().splitlines()
-    assert any(what in line and "from before that" in line for line in lines)
+    figures = workshop.make("eval-ppl", {"model": start}, text=str(text_file), sequence_length=16)
+    for evals, tells in (({"evals.0": figures}, True), ({}, False)):
+        packed = workshop.make("pack", {"fdb": start, **evals}, **settings)
+        lines = (packed.path / "README.md").read_text().splitlines()
+        (line,) = (line for line in lines if what in line)
+        assert ("from before that" in line) is tells
 
 
 def test_the_same_inputs_give_the_same_bytes(

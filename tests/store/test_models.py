@@ -169,8 +169,26 @@ def test_a_packed_model_may_come_from_the_hub(
         resolve_input("owner/name", ("model",), store)
 
 
-def test_another_tools_manifest_makes_no_artifact_of_a_model(model: Path, store: Store) -> None:
-    (model / "manifest.json").write_text('{"name": "theirs"}')
+def test_an_artifact_whose_manifest_is_damaged_is_no_packed_model_of_somebody_else(
+    model: Path, store: Store
+) -> None:
+    (model / "config.json").write_text('{"quantization_config": {"quant_method": "dbllm"}}')
+    (model / "manifest.json").write_text("{}")
+    for kinds in (("packed",), ("model", "fdb", "packed")):
+        with pytest.raises(ArtifactCorruptError):
+            resolve_input(str(model), kinds, store)
+
+
+def test_a_whole_model_beside_a_part_of_something_else_is_whole(model: Path, store: Store) -> None:
+    (model / "adapter-00001-of-00002.safetensors").write_bytes(b"other")
+    assert resolve_model(str(model), None, store).path == model
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "theirs"}', "[1]"])
+def test_another_tools_manifest_makes_no_artifact_of_a_model(
+    model: Path, store: Store, manifest: str
+) -> None:
+    (model / "manifest.json").write_text(manifest)
     assert resolve_input(str(model), ("model", "fdb", "packed"), store).kind == "model"
 
 

@@ -1,5 +1,4 @@
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from dbllm_cli.llm.models import (
     module_tensor_names,
 )
 from dbllm_cli.llm.tensors import TensorFolder, save_tensors
-from dbllm_cli.store import Artifact
+from dbllm_cli.store import Artifact, new_staging
 from tests.llm.conftest import llama_config, random_model
 
 
@@ -45,7 +44,8 @@ def test_a_checkpoint_under_other_names_is_imported_once(
     save_tensors(renamed, saved / "model.safetensors")
     (saved / "tokenizer.json").write_text("{}")
     work = tmp_path / "work"
-    killed = work / ".staging" / f"{socket.gethostname()}+{2**22 + 1}+killed"
+    host = new_staging(tmp_path / "other").name.split("+")[0]
+    killed = work / ".staging" / f"{host}+{2**22 + 1}+killed"
     killed.mkdir(parents=True)
     folder = model_folder(_artifact(saved), work)
     assert folder.parent == work / "models"

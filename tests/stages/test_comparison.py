@@ -139,7 +139,7 @@ def test_results_of_one_protocol_and_data_get_a_paired_standard_error(
     "other",
     [
         {"protocol": "strided", "stride": 8},
-        {"protocol": "documents"},
+        {"protocol": "documents", "reading": None},
         {"sequence_length": 15},
         {"max_windows": 2},
         {"compute_dtype": "bfloat16"},

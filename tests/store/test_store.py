@@ -177,6 +177,7 @@ def test_a_held_lock_names_its_holder_and_is_free_again_after(store: Store) -> N
         pass
 
 
+@pytest.mark.filterwarnings("ignore:flock not supported")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
 def test_a_filesystem_without_locks_is_worked_on_without(
     store: Store, monkeypatch: pytest.MonkeyPatch, number: int

@@ -7,7 +7,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 
 from dbllm_cli.commands.options import JsonOption, StoreOption
 from dbllm_cli.console import Console, size_text
+from dbllm_cli.cpu_library import INSTRUCTION_SETS, REFERENCE, VARIABLE, library_path
 from dbllm_cli.errors import ConfigError, DbllmError
 from dbllm_cli.stages.machine import cpu_info, processor_name
 from dbllm_cli.store import Store, resolve_model
@@ -26,7 +26,6 @@ _FEATURES = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
     "asimd", "i8mm", "sve", "bf16",
 )  # fmt: skip
-_INSTRUCTION_SETS = ("avx512", "avx2", "neon", "portable")
 _REINSTALL = "pip install -c constraints.txt -e . again"
 _EXTRAS = {"gguf": "only for .gguf models", "eval": "only for eval-tasks"}
 
@@ -158,10 +157,7 @@ def _compiler() -> Check:
 
 def _kernels() -> Check:
     """Whether the compiled CPU kernels are there, and whether a process with torch takes them."""
-    folder = Path(__file__).parent.parent / "kernels"
-    # As kernels/cpu.py looks for it, which imports torch.
-    files = (folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}", folder / "_cpu.so")
-    path = next((file for file in files if file.is_file()), None)
+    path = library_path()
     if path is None:
         found = "not compiled: packed models run in plain torch, several times slower"
         hint = "install a C compiler, then: pip install --force-reinstall --no-deps -e ."
@@ -170,16 +166,16 @@ def _kernels() -> Check:
         supports = ctypes.CDLL(str(path)).dbllm_supports
     except (OSError, AttributeError) as error:
         return Check("CPU kernels", False, f"can't be loaded: {error}", _REINSTALL)
-    names = [name for name in _INSTRUCTION_SETS if supports(name.encode())]
-    forced = os.environ.get("DBLLM_KERNEL")
-    if forced and forced not in (*names, "reference"):
-        hint = f"one of {', '.join((*names, 'reference'))}"
-        return Check("CPU kernels", False, f"DBLLM_KERNEL={forced} can't be used", hint)
+    names = [name for name in INSTRUCTION_SETS if supports(name.encode())]
+    forced = os.environ.get(VARIABLE)
+    if forced and forced not in (*names, REFERENCE):
+        hint = f"one of {', '.join((*names, REFERENCE))}"
+        return Check("CPU kernels", False, f"{VARIABLE}={forced} can't be used", hint)
     refusal = _refusal()
     if refusal:
         return Check("CPU kernels", False, f"can't be used: {refusal}", _REINSTALL)
     if forced:
-        return Check("CPU kernels", True, f"{forced}, forced by DBLLM_KERNEL")
+        return Check("CPU kernels", True, f"{forced}, forced by {VARIABLE}")
     return Check("CPU kernels", True, f"{names[0]} (there too: {', '.join(names[1:])})")
 
 

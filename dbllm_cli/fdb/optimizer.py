@@ -123,10 +123,10 @@ class RelativeAdamW:
 def _sizes(parameters: Mapping[str, Tensor]) -> dict[str, float]:
     """Mean magnitudes; of one that is all zero, the mean of the others' of its rank, or 0."""
     sizes = {name: float(each.detach().abs().mean()) for name, each in parameters.items()}
-    of_rank: dict[int, list[float]] = {}
-    for name, each in parameters.items():
-        of_rank.setdefault(each.dim(), []).extend([sizes[name]] if sizes[name] else [])
-    means = {rank: sum(found) / max(1, len(found)) for rank, found in of_rank.items()}
+    means = {}
+    for rank in {each.dim() for each in parameters.values()}:
+        found = [sizes[name] for name, each in parameters.items() if each.dim() == rank]
+        means[rank] = sum(found) / max(1, sum(size > 0 for size in found))
     return {name: sizes[name] or means[each.dim()] for name, each in parameters.items()}
 
 

@@ -1,8 +1,9 @@
 """The packed product and what goes with it: torch operators, and the routes behind them."""
 
+from dbllm_cli.cpu_library import REFERENCE
 from dbllm_cli.kernels.attention import attend_one, can_attend_one
 from dbllm_cli.kernels.block import PackedBlock
-from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, cpu_kernels, kernel_name
+from dbllm_cli.kernels.cpu import TILED_DTYPES, cpu_kernels, kernel_name
 from dbllm_cli.kernels.distillation import DistillationTerms, can_distil, distillation_terms
 from dbllm_cli.kernels.int8 import dequantize_rows, int8_linear, quantize_rows
 from dbllm_cli.kernels.latents import can_round_latents, latent_gradients, latent_levels

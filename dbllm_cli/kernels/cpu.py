@@ -7,7 +7,6 @@ library that is there and can't be used is warned of.
 
 import ctypes
 import os
-import sysconfig
 import warnings
 from functools import cache
 from pathlib import Path
@@ -15,14 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dbllm_cli.cpu_library import INSTRUCTION_SETS, REFERENCE, VARIABLE, library_path
 from dbllm_cli.errors import ConfigError
 
 TILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the compiled kernels take."""
 
-VARIABLE = "DBLLM_KERNEL"
-REFERENCE = "reference"
-_SETS = ("avx512", "avx2", "neon", "portable")
 _WORD_INPUTS = 32
 _BLOCK_ROWS = 64
 _LAYOUT = 3
@@ -161,7 +158,8 @@ def cpu_kernels() -> CpuKernels | None:
     if wanted is not None:
         raise ConfigError(
             f"{VARIABLE}={wanted} can't be used: {loaded}",
-            f"one of {', '.join((*_SETS, REFERENCE))}; dbllm doctor says which are there",
+            f"one of {', '.join((*INSTRUCTION_SETS, REFERENCE))}; "
+            "dbllm doctor says which are there",
         )
     if library_path() is not None:
         slow = "packed layers run in plain torch, several times slower"
@@ -198,11 +196,3 @@ def _load(wanted: str | None) -> CpuKernels | str:
     if lacking is not None:
         return f"torch {torch.__version__} lacks {lacking.decode()}"
     return CpuKernels(library, chosen.decode())
-
-
-def library_path() -> Path | None:
-    """The compiled library beside this module, or None."""
-    # Another Python's may lie there too, of other sources.
-    suffixes = (str(sysconfig.get_config_var("EXT_SUFFIX")), ".so")
-    paths = (Path(__file__).with_name(f"_cpu{suffix}") for suffix in suffixes)
-    return next((path for path in paths if path.is_file()), None)

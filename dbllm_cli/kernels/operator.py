@@ -14,7 +14,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from dbllm_cli.kernels.cpu import REFERENCE, TILED_DTYPES, VARIABLE, cpu_kernels
+from dbllm_cli.cpu_library import REFERENCE, VARIABLE
+from dbllm_cli.kernels.cpu import TILED_DTYPES, cpu_kernels
 from dbllm_cli.kernels.reference import dequantize, fdb_linear_reference
 
 

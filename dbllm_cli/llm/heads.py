@@ -17,13 +17,6 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return hidden
 
 
-def _logit_scale(settings: PreTrainedConfig) -> float:
-    """What the family multiplies logits by; MPT has a setting of the name and ignores it."""
-    if settings.model_type == "mpt":
-        return 1.0
-    return getattr(settings, "logit_scale", 1.0) / getattr(settings, "logits_scaling", 1.0)
-
-
 def head_parameters(model: PreTrainedModel) -> list[Tensor]:
     """The parameters of the output embeddings."""
     return list(model.get_output_embeddings().parameters())
@@ -39,7 +32,6 @@ def head(model: PreTrainedModel) -> Head:
     embeddings = model.get_output_embeddings()
     settings = model.config.get_text_config()
     cap = getattr(settings, "final_logit_softcapping", None)
-
     scale = _logit_scale(settings)
 
     def to_logits(hidden: Tensor) -> Tensor:
@@ -63,3 +55,10 @@ def head(model: PreTrainedModel) -> Head:
             "please report the model",
         )
     return to_logits
+
+
+def _logit_scale(settings: PreTrainedConfig) -> float:
+    """What the family multiplies logits by; MPT has a setting of the name and ignores it."""
+    if settings.model_type == "mpt":
+        return 1.0
+    return getattr(settings, "logit_scale", 1.0) / getattr(settings, "logits_scaling", 1.0)

@@ -25,6 +25,7 @@ from dbllm_cli.llm.decoder_blocks import leave_block_kernels
 from dbllm_cli.llm.quantizer import NewerFormatError, register
 from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 from dbllm_cli.store import Artifact, new_staging
+from dbllm_cli.store.disk import put
 
 Model: TypeAlias = PreTrainedModel
 Tokenizer: TypeAlias = PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def model_folder(model: Artifact, work: Path, trust_remote_code: bool = False) -
 
 def _publish(staging: Path, imported: Path) -> None:
     try:
-        staging.rename(imported)
+        put(staging, imported)
     except OSError:
         # Another run may have imported it meanwhile: the same files, so either copy serves.
         if not imported.is_dir():

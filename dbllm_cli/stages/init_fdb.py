@@ -50,14 +50,13 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     blocks = find_blocks(model)
     layers = select_layers(blocks, config.include, config.exclude)
     _require_calls(model, layers)
-    means: Mapping[str, Tensor] = {}
-    if "calibration" in inputs:
-        means = open_calibration(inputs["calibration"]).input_mean_squares
+    calibration = open_calibration(inputs["calibration"]) if "calibration" in inputs else None
+    means = {} if calibration is None else calibration.input_mean_squares
     blocks_report: Metrics = {}
     if config.method == "gptq":
-        sequences = open_calibration(inputs["calibration"]).train[: config.num_samples]
+        assert calibration is not None  # config.require_inputs
         start = GptqStart(config, folder, layers, ctx)
-        blocks_report = {"blocks": start.quantize_all(sequences)}
+        blocks_report = {"blocks": start.quantize_all(calibration.train[: config.num_samples])}
         quantized = start.finished_layers()
     else:
         quantized = _fitted_layers(config, folder, layers, means, ctx)

@@ -14,7 +14,7 @@ from dbllm_cli.llm.tensors import TensorFolder, save_tensors
 from dbllm_cli.stages.compute_dtype import faster_dtype
 from dbllm_cli.stages.machine import ENVIRONMENT, processor
 from dbllm_cli.stages.spec import Context
-from dbllm_cli.store.disk import sync
+from dbllm_cli.store.disk import put
 
 
 def begin_or_resume(ctx: Context, compute_dtype: str) -> torch.dtype:
@@ -58,7 +58,7 @@ def begin_or_resume(ctx: Context, compute_dtype: str) -> torch.dtype:
             ctx.progress.note(f"products in float32: {ctx.device} is slower in bfloat16")
     part = path.with_suffix(".part")
     part.write_text(json.dumps(here | {"compute_dtype": compute_dtype}))
-    _put(part, path)
+    put(part, path)
     return _dtype(compute_dtype)
 
 
@@ -70,14 +70,7 @@ def _dtype(name: str) -> torch.dtype:
 def keep_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file to the scratch, whole or not at all."""
     save_tensors(tensors, path.with_suffix(".part"))
-    _put(path.with_suffix(".part"), path)
-
-
-def _put(part: Path, path: Path) -> None:
-    """Give what is whole its name, so that it is whole after a loss of power too."""
-    sync(part)
-    part.rename(path)
-    sync(path.parent)
+    put(path.with_suffix(".part"), path)
 
 
 def save_checkpoint(
@@ -100,9 +93,7 @@ def write_checkpoint(
     save_tensors(tensors, staging / "model.safetensors")
     (staging / "state.json").write_text(json.dumps(state))
     shutil.rmtree(folder, ignore_errors=True)
-    for file in staging.iterdir():
-        sync(file)
-    _put(staging, folder)
+    put(staging, folder)
 
 
 def drop_checkpoints(scratch: Path, name: str, kept: int) -> None:

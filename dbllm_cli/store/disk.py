@@ -54,6 +54,20 @@ def disk_errors(root: Path, doing: str) -> Iterator[None]:
         ) from error
 
 
+def put(part: Path, path: Path) -> None:
+    """Give a file or folder that is whole its name: it is whole after a loss of power too."""
+    _sync_all(part)
+    part.rename(path)
+    sync(path.parent)
+
+
+def _sync_all(path: Path) -> None:
+    """`sync` a file, or a folder with all that is in it, files first."""
+    found = [path, *path.rglob("*")] if path.is_dir() else [path]
+    for each in sorted(found, key=Path.is_dir):
+        sync(each)
+
+
 def sync(path: Path) -> None:
     """Make a file's bytes, or a folder's entries, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)

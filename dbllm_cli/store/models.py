@@ -70,7 +70,7 @@ def resolve_input(
     is_ours = is_artifact or reference.startswith(ours) or "model" not in kinds
     if ours and is_ours and not is_foreign:
         return store.open(reference, kinds)
-    path = path if is_foreign else _locate(reference, revision)
+    path = _locate(reference, revision)
     if "packed" in kinds and _is_packed(path):
         # A packed model from elsewhere, of the hub for one: what made it is not known here.
         return Artifact(path, "packed", _digest(path, store), {})

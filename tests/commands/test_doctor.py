@@ -151,19 +151,32 @@ def test_absent_cpu_kernels_come_with_the_way_to_them(
     assert "pip install" in kernels["hint"]
 
 
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (
+            "raise ImportError('libcudart.so.13: no such file')",
+            "torch can't be imported: ImportError: libcudart.so.13",
+        ),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n", "ended with -4"),
+    ],
+    ids=["import-error", "killed"],
+)
 def test_a_torch_that_can_t_be_imported_is_a_problem(
     dbllm: DbllmCall,
     packages: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    code: str,
+    told: str,
 ) -> None:
-    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: no such file')")
+    (tmp_path / "torch.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(doctor, "_refusal", REFUSAL)
 
     kernels = checks(dbllm)["CPU kernels"]
     assert not kernels["ok"]
-    assert "torch can't be imported: ImportError: libcudart.so.13" in kernels["found"]
+    assert told in kernels["found"]
 
 
 def test_a_library_of_another_processor_is_a_problem(
@@ -185,13 +198,3 @@ def test_an_empty_cc_is_as_none(
     found = checks(dbllm)["C compiler"]
     monkeypatch.setenv("CC", "")
     assert checks(dbllm)["C compiler"] == found
-
-
-def test_a_torch_that_kills_its_process_is_a_problem(
-    dbllm: DbllmCall, packages: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(doctor, "_refusal", REFUSAL)
-
-    assert "ended with -4" in checks(dbllm)["CPU kernels"]["found"]

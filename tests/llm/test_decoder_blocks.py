@@ -3,7 +3,6 @@
 import copy
 import gc
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,45 +18,12 @@ from dbllm_cli.kernels import PackedBlock, cpu_kernels
 from dbllm_cli.llm.attention import NAME, use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks
 from dbllm_cli.llm.decoder_blocks import leave_block_kernels, use_block_kernels
-from dbllm_cli.llm.quantizer import convert_layers
-from tests.tiny_models import FAMILIES, build_model
+from tests.llm.packed_models import packed_model, served_model
+from tests.tiny_models import FAMILIES
 
 pytestmark = pytest.mark.skipif(cpu_kernels() is None, reason="the CPU kernels are not compiled")
 
 _LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3"]
-
-
-def _packed(
-    family: str, dtype: torch.dtype = torch.float32, levels: LevelKind = "plain"
-) -> PreTrainedModel:
-    """A model of random planes, without the kernels' attention and blocks."""
-    model = build_model(FAMILIES[family]()).requires_grad_(False)
-    biases = {name: bias for name, bias in model.named_parameters() if name.endswith(".bias")}
-    convert_layers(model, 32, [])
-    generator = torch.Generator().manual_seed(1)
-    for name, layer in model.named_modules():
-        if isinstance(layer, FdbLinear):
-            assert layer.weight is not None
-            assert layer.alpha is not None
-            layer.weight.random_(0, 256, generator=generator)
-            layer.alpha.uniform_(0.05, 0.2, generator=generator)
-            layer.alpha[1] *= -1
-            if levels == "offset":
-                layer.levels = levels
-                layer.alpha = torch.cat((layer.alpha, -layer.alpha[:1] / 2))
-            if layer.bias is not None:
-                layer.bias.data = biases[f"{name}.bias"].data
-            layer.use_cpu_kernels()
-    return model.to(dtype)  # type: ignore[no-any-return, arg-type]
-
-
-def _served(
-    family: str, dtype: torch.dtype = torch.float32, levels: LevelKind = "plain"
-) -> PreTrainedModel:
-    model = _packed(family, dtype, levels)
-    use_cpu_attention(model)
-    use_block_kernels(model)
-    return model
 
 
 def _logits(model: PreTrainedModel, **options: Any) -> Tensor:
@@ -94,24 +60,24 @@ def test_generation_gives_the_logits_of_transformers_own_operators(
     family: str, cache: str, levels: LevelKind
 ) -> None:
     options = {"cache_implementation": cache, "disable_compile": True}
-    model = _served(family, levels=levels)
+    model = served_model(family, levels=levels)
     assert model.config._attn_implementation in (NAME, "eager")
     assert _fused(model) == (2 if family.partition("-")[0] in _LLAMA_LIKE else 0)
-    expected = _logits(_packed(family, levels=levels), **options)
+    expected = _logits(packed_model(family, levels=levels), **options)
     assert _same(_logits(model, **options), expected)
 
 
 @pytest.mark.parametrize("family", _LLAMA_LIKE)
 def test_in_bfloat16_the_logits_are_at_least_as_near_to_float32(family: str) -> None:
-    expected = _logits(_packed(family))
-    served, plain = (_logits(f(family, torch.bfloat16)) for f in (_served, _packed))
+    expected = _logits(packed_model(family))
+    served, plain = (_logits(f(family, torch.bfloat16)) for f in (served_model, packed_model))
     # After the first token that differs the sequences have nothing in common.
     nearest = [(logits[0].float() - expected[0]).norm() for logits in (served, plain)]
     assert nearest[0] <= 1.2 * nearest[1]
 
 
 def test_a_token_is_decoded_by_the_operators_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _served("llama")
+    model = served_model("llama")
     monkeypatch.setattr(FdbLinear, "forward", lambda self, x: x.new_full((), torch.nan))
     prompt = torch.ones(1, 1, dtype=torch.long)
     with torch.no_grad():
@@ -129,17 +95,17 @@ def test_an_adapter_in_the_place_of_a_layer_is_used() -> None:
             doubled: Tensor = 2 * self.layer(x)
             return doubled
 
-    models = [_served("llama"), _packed("llama")]
+    models = [served_model("llama"), packed_model("llama")]
     for model in models:
         attention = find_blocks(model).modules[0].get_submodule("self_attn")
         attention.q_proj = Doubling(attention.get_submodule("q_proj"))
     logits, expected = map(_logits, models)
     assert _same(logits, expected)
-    assert not _same(logits, _logits(_packed("llama")))
+    assert not _same(logits, _logits(packed_model("llama")))
 
 
 def test_a_hook_of_a_layer_sees_every_token() -> None:
-    model = _served("llama")
+    model = served_model("llama")
     seen = []
     layer = find_blocks(model).modules[1].get_submodule("mlp.up_proj")
     layer.register_forward_hook(lambda *_: seen.append(1))
@@ -148,7 +114,7 @@ def test_a_hook_of_a_layer_sees_every_token() -> None:
 
 
 def test_gradients_reach_the_embeddings_of_one_token() -> None:
-    model = _served("llama")
+    model = served_model("llama")
     embedding = model.get_input_embeddings()
     vectors = embedding(torch.ones(1, 1, dtype=torch.long)).detach().requires_grad_()
     model(inputs_embeds=vectors, use_cache=True).logits.sum().backward()
@@ -156,7 +122,7 @@ def test_gradients_reach_the_embeddings_of_one_token() -> None:
 
 
 def test_a_forward_that_was_replaced_is_used() -> None:
-    models = [_served("llama"), _packed("llama")]
+    models = [served_model("llama"), packed_model("llama")]
     for model in models:
         feed_forward = find_blocks(model).modules[0].get_submodule("mlp")
         own = feed_forward.forward
@@ -173,14 +139,14 @@ def test_an_attention_that_is_chosen_later_is_used() -> None:
         return sdpa_attention_forward(*args, **kwargs)
 
     AttentionInterface.register("counted", counted)
-    model = _served("llama")
+    model = served_model("llama")
     model.set_attn_implementation("counted")
     _logits(model)
     assert len(calls) == 12 * model.config.num_hidden_layers
 
 
 def test_hooks_of_every_module_see_every_layer() -> None:
-    model, seen = _served("llama"), []
+    model, seen = served_model("llama"), []
     handle = register_module_forward_hook(
         lambda module, *_: seen.append(1) if isinstance(module, FdbLinear) else None
     )
@@ -194,7 +160,7 @@ def test_hooks_of_every_module_see_every_layer() -> None:
 def test_hidden_states_that_were_once_asked_for_leave_decoding_fast(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, calls = _served("llama"), []
+    model, calls = served_model("llama"), []
     after = PackedBlock.after_cache
 
     def counted(self: PackedBlock, *args: Any) -> Tensor:
@@ -208,7 +174,7 @@ def test_hidden_states_that_were_once_asked_for_leave_decoding_fast(
 
 
 def test_blocks_in_another_order_use_their_new_places_in_the_cache() -> None:
-    models = [_served("llama"), _packed("llama")]
+    models = [served_model("llama"), packed_model("llama")]
     for model in models:
         layers = find_blocks(model).modules
         layers[0], layers[1] = layers[1], layers[0]
@@ -219,7 +185,7 @@ def test_blocks_in_another_order_use_their_new_places_in_the_cache() -> None:
 
 
 def test_dropout_is_applied_in_training() -> None:
-    model = _served("llama")
+    model = served_model("llama")
     for layer in find_blocks(model).modules:
         layer.get_submodule("self_attn").attention_dropout = 0.9
     model.train()
@@ -235,7 +201,7 @@ def test_dropout_is_applied_in_training() -> None:
 
 
 def test_angles_of_a_part_of_each_head_are_left_to_the_blocks_own_forward() -> None:
-    layer = find_blocks(_served("llama")).modules[0]
+    layer = find_blocks(served_model("llama")).modules[0]
     hidden, angles = torch.zeros(1, 1, 64), torch.zeros(1, 1, 8)
     with torch.no_grad(), pytest.raises(RuntimeError, match="must match the size"):
         layer(hidden, past_key_values=DynamicCache(), position_embeddings=(angles, angles))
@@ -244,11 +210,11 @@ def test_angles_of_a_part_of_each_head_are_left_to_the_blocks_own_forward() -> N
 def test_a_batch_without_sequences_is_refused_by_the_blocks_own_forward() -> None:
     empty = torch.ones(0, 1, dtype=torch.long)
     with torch.no_grad(), pytest.raises(RuntimeError, match="0 elements"):
-        _served("llama")(input_ids=empty, use_cache=True)
+        served_model("llama")(input_ids=empty, use_cache=True)
 
 
 def test_weights_that_are_loaded_later_are_used() -> None:
-    model, other = _served("llama"), _packed("llama")
+    model, other = served_model("llama"), packed_model("llama")
     state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     for name, tensor in state.items():
         if name.endswith(("alpha", "norm.weight")):
@@ -259,7 +225,7 @@ def test_weights_that_are_loaded_later_are_used() -> None:
 
 
 def test_a_copy_of_the_model_is_independent() -> None:
-    model = _served("llama")
+    model = served_model("llama")
     expected = _logits(model)
     twin = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -268,7 +234,7 @@ def test_a_copy_of_the_model_is_independent() -> None:
 
 
 def test_a_block_that_scales_its_residual_keeps_its_own_forward() -> None:
-    model = _packed("llama")
+    model = packed_model("llama")
     use_cpu_attention(model)
     first = find_blocks(model).modules[0]
     plain = type(first)
@@ -284,22 +250,8 @@ def test_a_block_that_scales_its_residual_keeps_its_own_forward() -> None:
     assert _fused(model) == 1
 
 
-def test_an_attention_that_the_user_chose_stays() -> None:
-    model = _packed("llama")
-    model.set_attn_implementation("eager")
-    use_cpu_attention(model)
-    use_block_kernels(model)
-    assert model.config._attn_implementation == "eager"
-    assert _fused(model) == 0
-
-
-def test_the_choice_of_attention_is_not_saved_with_the_model(tmp_path: Path) -> None:
-    _served("llama").config.save_pretrained(tmp_path)
-    assert NAME not in (tmp_path / "config.json").read_text()
-
-
 def test_a_model_that_leaves_the_kernels_frees_what_they_read() -> None:
-    model = _served("llama")
+    model = served_model("llama")
     assert _fused(model) > 0
     held = [weakref.ref(layer.tiles) for layer in model.modules() if isinstance(layer, FdbLinear)]
     model.to("meta")

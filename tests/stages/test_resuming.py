@@ -9,7 +9,7 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.stages import resuming
 from dbllm_cli.stages.resuming import begin_or_resume
 from dbllm_cli.stages.spec import Context
-from dbllm_cli.store import Artifact
+from dbllm_cli.store import Artifact, disk
 from tests.conftest import Workshop
 from tests.stages.conftest import Notes
 
@@ -108,7 +108,7 @@ def test_what_a_run_goes_on_from_is_on_the_disk_before_it_has_its_name(
         names = {each.name for each in tmp_path.iterdir()}
         synced.append(f"{path.name} {'after' if names & {'a.safetensors', 'last-3'} else 'before'}")
 
-    monkeypatch.setattr(resuming, "sync", record)
+    monkeypatch.setattr(disk, "sync", record)
     tensors = {"a": torch.zeros(2)}
     resuming.keep_tensors(tensors, tmp_path / "a.safetensors")
     assert synced == ["a.part before", f"{tmp_path.name} after"]

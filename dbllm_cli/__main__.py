@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dbllm_cli.commands import artifacts, doctor, models, pipelines, stages
+from dbllm_cli.commands import artifacts, doctor, generate, pipelines, stages
 from dbllm_cli.commands.doctor import installed_version
 from dbllm_cli.commands.options import plain_message
 from dbllm_cli.console import Console, report
@@ -40,7 +40,7 @@ def _options(
 ) -> None: ...
 
 
-for _module in (pipelines, stages, artifacts, models, doctor):
+for _module in (pipelines, stages, artifacts, generate, doctor):
     _module.register(app)
 
 

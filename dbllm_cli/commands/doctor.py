@@ -15,9 +15,9 @@ import typer
 
 from dbllm_cli.commands.options import JsonOption, StoreOption
 from dbllm_cli.console import Console, size_text
-from dbllm_cli.cpu_library import INSTRUCTION_SETS, REFERENCE, VARIABLE, library_path
 from dbllm_cli.errors import ConfigError, DbllmError
-from dbllm_cli.stages.machine import cpu_info, processor_name
+from dbllm_cli.machine.cpu_library import INSTRUCTION_SETS, REFERENCE, VARIABLE, library_path
+from dbllm_cli.machine.processor import cpu_info, processor_name
 from dbllm_cli.store import Store, resolve_model
 from dbllm_cli.store.store import DEFAULT_ROOT
 

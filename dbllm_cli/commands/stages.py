@@ -17,7 +17,7 @@ from dbllm_cli.commands.options import (
 )
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text
 from dbllm_cli.pipeline.run import Outcome, run_stage
-from dbllm_cli.stages.spec import STAGES, Slot, StageSpec
+from dbllm_cli.stages.spec import STAGES, AnyStage, Slot
 from dbllm_cli.store import Artifact, Store, resolve_input
 from dbllm_cli.store.store import DEFAULT_ROOT
 
@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
         app.command(spec.name, help=spec.help)(_command(spec))
 
 
-def _command(spec: StageSpec) -> Callable[..., None]:
+def _command(spec: AnyStage) -> Callable[..., None]:
     def command(**values: Any) -> None:
         _run(spec, values)
 
@@ -39,7 +39,7 @@ def _command(spec: StageSpec) -> Callable[..., None]:
     return command
 
 
-def _parameters(spec: StageSpec) -> list[Parameter]:
+def _parameters(spec: AnyStage) -> list[Parameter]:
     running: dict[str, tuple[Any, Any]] = {
         "store": (StoreOption, DEFAULT_ROOT),
         "device": (DeviceOption, "cpu"),
@@ -72,11 +72,11 @@ def _slot_parameter(slot: Slot) -> Parameter:
     return Parameter(slot.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _takes_model(spec: StageSpec) -> bool:
+def _takes_model(spec: AnyStage) -> bool:
     return any("model" in slot.kinds for slot in spec.inputs)
 
 
-def _run(spec: StageSpec, values: Mapping[str, Any]) -> None:
+def _run(spec: AnyStage, values: Mapping[str, Any]) -> None:
     config = build_config(spec.config, values, spec.name)
     store = Store(values["store"])
     console = Console()
@@ -93,7 +93,7 @@ def _run(spec: StageSpec, values: Mapping[str, Any]) -> None:
     _show(console, spec, outcome, values["json"])
 
 
-def _open_inputs(spec: StageSpec, values: Mapping[str, Any], store: Store) -> dict[str, Artifact]:
+def _open_inputs(spec: AnyStage, values: Mapping[str, Any], store: Store) -> dict[str, Artifact]:
     revision = values.get("model_revision")
     inputs = {}
     for slot in spec.inputs:
@@ -106,7 +106,7 @@ def _open_inputs(spec: StageSpec, values: Mapping[str, Any], store: Store) -> di
     return inputs
 
 
-def _show(console: Console, spec: StageSpec, outcome: Outcome, as_json: bool) -> None:
+def _show(console: Console, spec: AnyStage, outcome: Outcome, as_json: bool) -> None:
     done = f"done in {seconds_text(outcome.seconds)}" if outcome.ran else "up to date"
     console.note(f"{spec.name}: {done}")
     figures = [(name, value) for name, value in outcome.metrics.items() if is_figure(name, value)]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -51,6 +51,10 @@ class TextConfig(StageConfig):
     separator: str | None = Field(
         None, min_length=1, description="string that splits a text file into documents"
     )
+
+    def text_settings(self) -> dict[str, Any]:
+        """The settings that say where text comes from, as `llm.text.TextSource` takes them."""
+        return self.model_dump(include=set(TextConfig.model_fields))
 
     @model_validator(mode="after")
     def _dataset_is_pinned(self) -> "TextConfig":

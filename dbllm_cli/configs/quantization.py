@@ -1,7 +1,7 @@
 """Settings of the stages that make a quantized model without training it."""
 
 from collections.abc import Collection
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,12 @@ from dbllm_cli.configs.base import (
     TextConfig,
 )
 from dbllm_cli.errors import ConfigError
+from dbllm_cli.registry import described, registered
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    FormatName = Literal[tuple(registered("formats"))]
 
 
 class CalibrateConfig(TextConfig):
@@ -97,10 +103,7 @@ class InitFdbConfig(StageConfig):
 class PackConfig(StageConfig):
     """Settings of `pack`."""
 
-    format: Literal["packed", "dense"] = Field(
-        "packed",
-        description="packed: planes and scales; dense: plain bfloat16 weights for other tools",
-    )
+    format: FormatName = Field("packed", description=described("formats"))
     embeddings: Literal["kept", "int8"] = Field(
         "kept", description="int8: embeddings and output layer in 8 bits, one scale per token"
     )

@@ -15,10 +15,9 @@ from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.groups import group_count, to_groups
 from dbllm_cli.fdb.levels import assign_planes
-from dbllm_cli.fdb.packing import pack_planes
-from dbllm_cli.fdb.quantized import QuantizedMatrix
+from dbllm_cli.fdb.quantized import QuantizedMatrix, latent_start
 from dbllm_cli.fdb.scales import LevelKind, project_scales, round_scales
-from dbllm_cli.fdb.training import latent_start
+from dbllm_cli.kernels import pack_planes
 
 _DAMPING = 0.01
 """Added to the diagonal of XᵀX, as a share of its mean."""

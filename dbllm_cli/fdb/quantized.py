@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from dbllm_cli.fdb.groups import from_groups, to_groups
-from dbllm_cli.fdb.levels import assign_planes
-from dbllm_cli.fdb.packing import pack_planes
+from dbllm_cli.fdb.levels import assign_planes, clamp_to_cells
 from dbllm_cli.fdb.scales import LevelKind, round_scales, stored_scale_bits
-from dbllm_cli.kernels import dequantize, unpack_planes
+from dbllm_cli.kernels import dequantize, pack_planes, unpack_planes
 
 
 @dataclass(frozen=True)
@@ -117,3 +116,22 @@ def pack_cells(matrix: Tensor, cells: Tensor, group_size: int) -> Tensor:
     grouped = to_groups(matrix.to(torch.float32), group_size)
     planes = assign_planes(grouped, cells.to(torch.float32).unsqueeze(-1))
     return pack_planes(from_groups(planes, matrix.shape[-1]))
+
+
+def latent_start(quantized: QuantizedMatrix, teacher: Tensor, margin: float = 1e-3) -> Tensor:
+    """Latent weights to start from: the teacher's weights, clamped into their codes' cells.
+
+    Args:
+        quantized: stored planes and scales.
+        teacher: full-precision weights `[out, in]`, or gptq's compensated ones.
+        margin: from the borders of a cell, as `clamp_to_cells` takes it.
+
+    Returns:
+        float32 `[out, in]`, with the same planes as `quantized`.
+    """
+    size = quantized.group_size
+    planes = unpack_planes(quantized.weight, quantized.in_features, torch.float32).bool()
+    alpha = quantized.alpha.to(torch.float32).unsqueeze(-1)
+    grouped = to_groups(teacher.to(torch.float32), size)
+    clamped = clamp_to_cells(grouped, to_groups(planes, size), alpha, margin)
+    return from_groups(clamped, teacher.shape[-1])

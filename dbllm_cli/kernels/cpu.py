@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbllm_cli.cpu_library import INSTRUCTION_SETS, REFERENCE, VARIABLE, library_path
 from dbllm_cli.errors import ConfigError
+from dbllm_cli.machine.cpu_library import INSTRUCTION_SETS, REFERENCE, VARIABLE, library_path
 
 TILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the compiled kernels take."""

@@ -14,9 +14,9 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from dbllm_cli.cpu_library import REFERENCE, VARIABLE
 from dbllm_cli.kernels.cpu import TILED_DTYPES, cpu_kernels
 from dbllm_cli.kernels.reference import dequantize, fdb_linear_reference
+from dbllm_cli.machine.cpu_library import REFERENCE, VARIABLE
 
 
 @torch.library.custom_op("dbllm::fdb_linear", mutates_args=())

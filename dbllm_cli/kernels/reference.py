@@ -3,27 +3,7 @@
 import torch
 from torch import Tensor
 
-
-def _byte_bits(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The 8 bits of each byte value, least significant first: `[256, 8]`."""
-    values = torch.arange(256, device=device).unsqueeze(-1)
-    return ((values >> torch.arange(8, device=device)) & 1).to(dtype)
-
-
-def unpack_planes(weight: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    """Bit planes as numbers.
-
-    Args:
-        weight: uint8 `[..., ceil(in_features / 8)]`, least significant bit first.
-        in_features: columns to keep; the rest of the last byte is padding.
-        dtype: dtype of the result.
-
-    Returns:
-        0 or 1, `[..., in_features]`.
-    """
-    table = _byte_bits(weight.device, dtype)
-    bits = table.index_select(0, weight.flatten().int())
-    return bits.view(*weight.shape[:-1], -1)[..., :in_features]
+from dbllm_cli.kernels.packing import unpack_planes
 
 
 def dequantize(

@@ -3,12 +3,19 @@
 The vocabulary is large: whoever reads logits does so chunk by chunk through `head`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dbllm_cli.errors import ArtifactCorruptError, ConfigError
-from dbllm_cli.fdb.losses import Head
+
+Head = Callable[[Tensor], Tensor]
+"""Final hidden states `[tokens, hidden]` to logits `[tokens, vocabulary]`."""
+
+CHUNK_TOKENS = 512
+"""Tokens whose logits exist at once."""
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from transformers.utils import logging as transformers_logging
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, first_line
 from dbllm_cli.llm.decoder_blocks import leave_block_kernels
 from dbllm_cli.llm.quantizer import NewerFormatError, register
-from dbllm_cli.llm.tensors import ShardWriter, TensorFolder
 from dbllm_cli.store import Artifact, new_staging
 from dbllm_cli.store.disk import put
+from dbllm_cli.tensors import ShardWriter, TensorFolder
 
 Model: TypeAlias = PreTrainedModel
 Tokenizer: TypeAlias = PreTrainedTokenizerBase

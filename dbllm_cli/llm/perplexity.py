@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dbllm_cli.fdb.losses import CHUNK_TOKENS, Head
-from dbllm_cli.llm.heads import final_hidden, head
+from dbllm_cli.llm.heads import CHUNK_TOKENS, Head, final_hidden, head
 from dbllm_cli.progress import Task
 
 

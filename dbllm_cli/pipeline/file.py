@@ -15,7 +15,7 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.pipeline.nearest import nearest
 from dbllm_cli.pipeline.wiring import MODEL, Draft, Wires, in_order, read_wires
 from dbllm_cli.pipeline.yaml_file import Document, Place, read_yaml
-from dbllm_cli.stages.spec import STAGES, StageSpec
+from dbllm_cli.stages.spec import STAGES, AnyStage
 
 SCHEMA_VERSION = 1
 STEP_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
@@ -45,7 +45,7 @@ class Step:
     """
 
     name: str
-    stage: StageSpec
+    stage: AnyStage
     config: StageConfig
     inputs: Wires
     line: int
@@ -178,7 +178,7 @@ def _read_model(document: Document) -> ModelReference:
     return ModelReference(path, revision)
 
 
-def _read_stage(document: Document, step: str) -> StageSpec:
+def _read_stage(document: Document, step: str) -> AnyStage:
     given = document.value["steps"][step].get("stage")
     name = step if given is None else given
     place: Place = ("steps", step) if given is None else ("steps", step, "stage")
@@ -192,15 +192,16 @@ def _read_stage(document: Document, step: str) -> StageSpec:
     return STAGES[name]
 
 
-def _read_config(document: Document, step: str, stage: StageSpec) -> StageConfig:
+def _read_config(document: Document, step: str, stage: AnyStage) -> StageConfig:
     given = document.value["steps"][step]["config"]
     try:
         # Strict JSON: no `true` for 1 and no "40" for 40, yet lists for tuples.
-        return stage.config.model_validate_json(json.dumps(given), strict=True)
+        config: StageConfig = stage.config.model_validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ("steps", step, "config", *first["loc"])
         raise document.error(place, *_setting_problem(first, step, stage)) from error
+    return config
 
 
 def _check_fit(document: Document, step: str, config: StageConfig, wires: Wires) -> None:
@@ -212,7 +213,7 @@ def _check_fit(document: Document, step: str, config: StageConfig, wires: Wires)
         ) from error
 
 
-def _setting_problem(error: ErrorDetails, step: str, stage: StageSpec) -> tuple[str, str]:
+def _setting_problem(error: ErrorDetails, step: str, stage: AnyStage) -> tuple[str, str]:
     hint = f"see the settings with `dbllm {stage.name} --help`"
     if not error["loc"]:
         return f"config of step {step}: {error['msg'].removeprefix('Value error, ')}", hint

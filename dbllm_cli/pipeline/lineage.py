@@ -6,14 +6,14 @@ from typing import Any
 
 from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.stages.spec import StageSpec
+from dbllm_cli.stages.spec import AnyStage
 from dbllm_cli.store import Artifact, Store, files_digest
 
 Lineage = dict[str, Any]
 
 
 def lineage_of(
-    spec: StageSpec, config: StageConfig, inputs: Mapping[str, Artifact], store: Store
+    spec: AnyStage, config: StageConfig, inputs: Mapping[str, Artifact], store: Store
 ) -> Lineage:
     """The lineage of what `spec` makes of these settings and inputs.
 

@@ -2,20 +2,15 @@
 
 import json
 import platform
-import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dbllm_cli.stages.machine import (
-    ENVIRONMENT,
-    forget_peak,
-    peak_device_memory_mib,
-    peak_memory_mib,
-    processor,
-)
+from dbllm_cli.machine.environment import ENVIRONMENT, Environment
+from dbllm_cli.machine.memory import forget_peak, peak_memory_mib
+from dbllm_cli.machine.processor import processor
 
 _PACKAGES = ("dbllm", "torch", "transformers", "lm_eval")
 
@@ -28,18 +23,23 @@ class Recorder:
         self._started = datetime.now(UTC)
         self._clock = time.monotonic()
         self._processor_clock = time.process_time()
-        forget_peak(device)
+        forget_peak()
+        if _has_memory_of_its_own(device):
+            from dbllm_cli.machine.device_memory import forget_device_peak
+
+            forget_device_peak(device)
 
     @property
     def seconds(self) -> float:
         """Time since the start."""
         return time.monotonic() - self._clock
 
-    def record(self, scratch: Path) -> dict[str, Any]:
+    def record(self, scratch: Path, environment: Environment | None) -> dict[str, Any]:
         """Versions, machine, time and peak memory of the run until now.
 
         Args:
             scratch: of the stage; a run that can be resumed left there where it was begun.
+            environment: what the stage computed in.
         """
         return {
             "started": self._started.isoformat(timespec="seconds"),
@@ -52,9 +52,8 @@ class Recorder:
                 **{name: _version(name) for name in _PACKAGES},
             },
             "device": self._device,
-            "threads": _threads(),
-            "kernel": _kernel(),
             "processor": processor(),
+            **_computed_in(environment),
             **_begun(scratch / ENVIRONMENT),
         }
 
@@ -66,16 +65,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _threads() -> int | None:
-    torch = sys.modules.get("torch")
-    return None if torch is None else int(torch.get_num_threads())
+def _computed_in(environment: Environment | None) -> dict[str, Any]:
+    if environment is None:
+        return {"threads": None, "kernel": None, "compute_dtype": None}
+    return {
+        "threads": environment.threads,
+        "kernel": environment.kernel,
+        "compute_dtype": environment.compute_dtype,
+    }
 
 
-def _kernel() -> str | None:
-    """The CPU kernels that this process has asked for, which figures and bytes depend on."""
-    module = sys.modules.get("dbllm_cli.kernels.cpu")
-    asked = module is not None and module.cpu_kernels.cache_info().currsize > 0
-    return str(module.kernel_name()) if module is not None and asked else None
+def _has_memory_of_its_own(device: str) -> bool:
+    return device.startswith("cuda")
 
 
 def _begun(path: Path) -> dict[str, Any]:
@@ -83,5 +84,9 @@ def _begun(path: Path) -> dict[str, Any]:
 
 
 def _device_memory(device: str) -> dict[str, float]:
+    if not _has_memory_of_its_own(device):
+        return {}
+    from dbllm_cli.machine.device_memory import peak_device_memory_mib
+
     peak = peak_device_memory_mib(device)
     return {} if peak is None else {"peak_device_memory_mib": round(peak, 1)}

@@ -21,7 +21,8 @@ from dbllm_cli.pipeline.provenance import Recorder
 from dbllm_cli.pipeline.stopping import stops_on_sigterm
 from dbllm_cli.pipeline.wiring import MODEL
 from dbllm_cli.progress import Progress
-from dbllm_cli.stages.spec import Context, StageSpec, members
+from dbllm_cli.stages.context import Context, Result, members
+from dbllm_cli.stages.spec import AnyStage
 from dbllm_cli.store import Artifact, Store, canonical_json, digest_of, lineage_key, resolve_model
 from dbllm_cli.store.disk import disk_errors, disk_full_error, is_disk_full
 
@@ -52,7 +53,7 @@ class _Making:
     """Everything that the making of one artifact needs."""
 
     step: str
-    spec: StageSpec
+    spec: AnyStage
     config: StageConfig
     inputs: Mapping[str, Artifact]
     store: Store
@@ -63,7 +64,7 @@ class _Making:
 
 
 def run_stage(
-    spec: StageSpec,
+    spec: AnyStage,
     config: StageConfig,
     inputs: Mapping[str, Artifact],
     store: Store,
@@ -177,7 +178,7 @@ def _lock_key(pipeline: Pipeline) -> str:
     return digest_of([str(pipeline.path.resolve()), asdict(pipeline.model), configs])
 
 
-def _check_inputs(spec: StageSpec, inputs: Mapping[str, Artifact]) -> None:
+def _check_inputs(spec: AnyStage, inputs: Mapping[str, Artifact]) -> None:
     slots = {slot.name: slot for slot in spec.inputs}
     for name, artifact in inputs.items():
         slot = slots.get(name.split(".")[0])
@@ -214,13 +215,14 @@ def _make(making: _Making, lineage: Lineage) -> Outcome:
             trust_remote_code=making.trust_remote_code,
         )
         with _resource_errors(making):
-            metrics = making.spec.body()(making.config, making.inputs, context)
+            result: Result[Any] = making.spec.body()(making.config, making.inputs, context)
         with disk_errors(store.root, f"writing {METRICS}"):
-            (staging / METRICS).write_text(_metrics_text(making.step, metrics), encoding="utf-8")
+            text = _metrics_text(making.step, result.metrics)
+            (staging / METRICS).write_text(text, encoding="utf-8")
         provenance = {
             "step": making.step,
             "files": named_files(making.config),
-            **recorder.record(scratch),
+            **recorder.record(scratch, result.environment),
         }
         artifact = store.publish(
             staging, making.spec.output, lineage, provenance, replace=making.replace

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dbllm_cli.pipeline.file import SCHEMA_VERSION, STEP_NAME
-from dbllm_cli.stages.spec import STAGES, Slot, StageSpec
+from dbllm_cli.stages.spec import STAGES, AnyStage, Slot
 
 
 def pipeline_schema() -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _named_step() -> dict[str, Any]:
     }
 
 
-def _step(spec: StageSpec) -> dict[str, Any]:
+def _step(spec: AnyStage) -> dict[str, Any]:
     required = [slot.name for slot in spec.inputs if slot.required]
     config = spec.config.model_json_schema()
     return {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.pipeline.nearest import nearest
 from dbllm_cli.pipeline.yaml_file import Document, Place
-from dbllm_cli.stages.spec import Slot, StageSpec
+from dbllm_cli.stages.spec import AnyStage, Slot
 
 MODEL = "model"
 Wires = dict[str, tuple[str, ...]]
@@ -17,7 +17,7 @@ class Draft:
     """A step whose inputs are being read."""
 
     name: str
-    stage: StageSpec
+    stage: AnyStage
     place: Place
 
 

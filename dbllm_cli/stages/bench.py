@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -15,14 +16,20 @@ from dbllm_cli.fdb.quantized import count_planes
 from dbllm_cli.kernels import REFERENCE, cpu_kernels, has_gpu_kernel
 from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import Model, load_model, model_folder, require_positions
-from dbllm_cli.llm.packed import PackedFolder
+from dbllm_cli.llm.peak_memory import measure_peak_memory
+from dbllm_cli.llm.quantized_folder import PackedFolder
+from dbllm_cli.machine.compute_dtype import faster_dtype
+from dbllm_cli.machine.processor import processor
 from dbllm_cli.progress import Task
-from dbllm_cli.stages.compute_dtype import faster_dtype
-from dbllm_cli.stages.machine import processor
-from dbllm_cli.stages.peak_memory import measure_peak_memory
-from dbllm_cli.stages.spec import Context, Metrics
-from dbllm_cli.stages.trained_layers import packed_layers
+from dbllm_cli.records.environment import environment_here, torch_dtype
+from dbllm_cli.records.metrics import BenchMetrics, SpeedMetrics, Spread
+from dbllm_cli.stages.context import Context, Result
+from dbllm_cli.stages.spec import BENCH, implements
 from dbllm_cli.store import Artifact
+from dbllm_cli.training.student import packed_layers
+
+_Rate = Literal["prefill_tokens_per_second", "decode_tokens_per_second", "weight_bytes"]
+_Shown = Literal[_Rate, "peak_memory_mib"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +38,15 @@ class _Contender:
     model: Model
 
 
-def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+@implements(BENCH)
+def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Result[BenchMetrics]:
     """Time prefill and decode of both models, interleaved, and count the paper's operations.
 
     Raises:
         ConfigError: the packed artifact is a dense export.
     """
-    dtype = getattr(torch, config.compute_dtype)
-    if dtype == torch.bfloat16 and faster_dtype(ctx.device) != dtype:
+    environment = environment_here(ctx.device, config.compute_dtype)
+    if config.compute_dtype == "bfloat16" and faster_dtype(ctx.device) != "bfloat16":
         ctx.progress.note(
             f"{ctx.device} is slower in bfloat16, which the dense model's prefill pays for: "
             "--compute-dtype float32 measures it at its best"
@@ -62,41 +70,49 @@ def run(config: BenchConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Me
         )
         for name, folder in folders.items()
     }
-    contenders = [
-        _Contender(name, load_model(folder, dtype, ctx.device, ctx.trust_remote_code))
-        for name, folder in folders.items()
-    ]
+    contenders = [_Contender(name, _load(folder, config, ctx)) for name, folder in folders.items()]
     with ctx.progress.task("bench", (config.repeats + 1) * len(contenders), unit="runs") as task:
         times = _time_all(config, contenders, task)
-    result: Metrics = {
+    dense, packed = (
+        _figures(config, times[each.name], each.model, peaks[each.name]) for each in contenders
+    )
+    metrics: BenchMetrics = {
         "device": _device_name(ctx.device),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "kernel": _kernel(contenders[1].model, ctx.device),
+        "dense": dense,
+        "packed": packed,
+        "packed_over_dense": _ratios(packed, dense),
+        "accounting": _accounting(contenders[1].model),
     }
-    for contender in contenders:
-        figures = _figures(config, times[contender.name], contender.model)
-        result[contender.name] = figures | {"peak_memory_mib": peaks[contender.name]}
-    result["packed_over_dense"] = {
-        key: round(result["packed"][key] / result["dense"][key], 4)
-        for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "weight_bytes")
-    }
-    result["accounting"] = _accounting(contenders[1].model)
-    _show(result, ctx)
-    return result
+    _show(metrics, ctx)
+    return Result(metrics, environment)
 
 
-def _show(result: Metrics, ctx: Context) -> None:
+def _load(folder: Path, config: BenchConfig, ctx: Context) -> Model:
+    dtype = torch_dtype(config.compute_dtype)
+    return load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
+
+
+def _ratios(packed: SpeedMetrics, dense: SpeedMetrics) -> dict[str, float]:
+    keys: tuple[_Rate, ...] = (
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "weight_bytes",
+    )
+    return {key: round(packed[key] / dense[key], 4) for key in keys}
+
+
+def _show(result: BenchMetrics, ctx: Context) -> None:
     dense, packed, ratio = result["dense"], result["packed"], result["packed_over_dense"]
-    rows = [
-        (key.replace("_", " "), dense[key], packed[key], ratio.get(key, ""))
-        for key in (
-            "prefill_tokens_per_second",
-            "decode_tokens_per_second",
-            "weight_bytes",
-            "peak_memory_mib",
-        )
-    ]
+    keys: tuple[_Shown, ...] = (
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "weight_bytes",
+        "peak_memory_mib",
+    )
+    rows = [(key.replace("_", " "), dense[key], packed[key], ratio.get(key, "")) for key in keys]
     ctx.progress.table("bench", ("figure", "dense", "packed", "packed / dense"), rows)
 
 
@@ -124,7 +140,9 @@ def _time_all(
     return times
 
 
-def _figures(config: BenchConfig, times: list[tuple[float, float]], model: Model) -> dict[str, Any]:
+def _figures(
+    config: BenchConfig, times: list[tuple[float, float]], model: Model, peak: float
+) -> SpeedMetrics:
     prefill, decode = zip(*times, strict=True)
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
     return {
@@ -137,10 +155,11 @@ def _figures(config: BenchConfig, times: list[tuple[float, float]], model: Model
             config.batch_size * config.decode_tokens / statistics.median(decode), 3
         ),
         "weight_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "peak_memory_mib": peak,
     }
 
 
-def _spread(seconds: tuple[float, ...]) -> dict[str, float]:
+def _spread(seconds: tuple[float, ...]) -> Spread:
     return {
         "median": round(statistics.median(seconds), 6),
         "fastest": round(min(seconds), 6),

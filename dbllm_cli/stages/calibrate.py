@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dbllm_cli.blockwise.statistics import input_mean_squares
 from dbllm_cli.configs import CalibrateConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.llm.models import (
@@ -20,26 +21,31 @@ from dbllm_cli.llm.models import (
     vocabulary_size,
 )
 from dbllm_cli.llm.sampling import SamplingSettings, sample_sequences
-from dbllm_cli.llm.statistics import input_mean_squares
-from dbllm_cli.llm.tensors import TensorFolder, require_finite
 from dbllm_cli.llm.text import (
+    TextSource,
     document_stream,
     leading_special_tokens,
     tokenizer_digest,
     tokens_digest,
     windows,
 )
-from dbllm_cli.stages.reading import text_source
-from dbllm_cli.stages.resuming import begin_or_resume, keep_tensors
-from dbllm_cli.stages.sequences import Calibration
-from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.records.calibration import Calibration
+from dbllm_cli.records.checkpoints import keep_tensors
+from dbllm_cli.records.environment import begin_or_resume, torch_dtype
+from dbllm_cli.records.metrics import CalibrationMetrics
+from dbllm_cli.stages.context import Context, Result
+from dbllm_cli.stages.spec import CALIBRATE, implements
 from dbllm_cli.store import Artifact
+from dbllm_cli.tensors import TensorFolder, require_finite
 
 _STATISTICS_TOKENS = 65_536
 """Enough for a mean of each input."""
 
 
-def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+@implements(CALIBRATE)
+def run(
+    config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context
+) -> Result[CalibrationMetrics]:
     """Make the calibration artifact: tokens.safetensors, statistics.safetensors.
 
     Raises:
@@ -52,7 +58,8 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
         require_finite(name, tensor)
     tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
     require_positions(folder, config.sequence_length, ctx.trust_remote_code)
-    dtype = begin_or_resume(ctx, config.compute_dtype)
+    environment = begin_or_resume(ctx.scratch, ctx.device, config.compute_dtype, ctx.progress)
+    dtype = torch_dtype(environment.compute_dtype)
     model = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
     if config.source == "generate":
         sequences = _generate(config, model, tokenizer, ctx)
@@ -66,7 +73,7 @@ def run(config: CalibrateConfig, inputs: Mapping[str, Artifact], ctx: Context) -
     for name, mean in means.items():
         require_finite(f"the inputs of {name}", mean)
     Calibration(train, held_out, means).save(ctx.out)
-    return _report(train, held_out, model, tokenizer)
+    return Result(_report(train, held_out, model, tokenizer), environment)
 
 
 def _generate(
@@ -108,7 +115,7 @@ def _batch_file(scratch: Path, start: int) -> Path:
 
 
 def _read(config: CalibrateConfig, tokenizer: Tokenizer) -> Tensor:
-    source = text_source(config)
+    source = TextSource(**config.text_settings())
     needed = config.num_samples + config.held_out
     stream = document_stream(tokenizer, source.read(), needed * config.sequence_length)
     sequences = windows(stream, config.sequence_length)[:needed]
@@ -127,7 +134,7 @@ def _report(
     held_out: Tensor,
     model: Model,
     tokenizer: Tokenizer,
-) -> Metrics:
+) -> CalibrationMetrics:
     both = torch.cat((train, held_out))
     return {
         "tokens": train.numel(),

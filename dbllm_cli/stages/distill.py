@@ -1,47 +1,27 @@
 """distill: end to end against the teacher's predictions, by KD, DAD or next-token loss."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, cast
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
-from torch.utils.checkpoint import checkpoint
 
 from dbllm_cli.configs import DistillConfig
-from dbllm_cli.errors import StageFailedError
-from dbllm_cli.fdb.losses import DistillationLoss, Heads, LossAndGradient, distillation_loss
-from dbllm_cli.fdb.optimizer import RelativeAdamW, schedule_factor
-from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.training import LatentLinear, latent_start
-from dbllm_cli.llm.blocks import find_blocks
-from dbllm_cli.llm.heads import final_hidden, head, head_parameters
-from dbllm_cli.llm.models import CURVE, Model, load_config, load_model, model_folder
-from dbllm_cli.llm.packed import PackedFolder, write_requantized
-from dbllm_cli.progress import Task
-from dbllm_cli.stages.layer_report import over_all_layers, write_layer_report
-from dbllm_cli.stages.resuming import (
-    begin_or_resume,
-    drop_checkpoints,
-    last_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-    write_checkpoint,
-)
-from dbllm_cli.stages.sequences import Calibration, open_calibration, require_same_model
-from dbllm_cli.stages.spec import Context, Metrics
-from dbllm_cli.stages.trained_layers import make_trainable, unquantized_parameters
+from dbllm_cli.llm.models import CURVE, load_model, model_folder
+from dbllm_cli.llm.quantized_folder import PackedFolder, write_requantized
+from dbllm_cli.records.calibration import open_calibration, require_same_model
+from dbllm_cli.records.environment import begin_or_resume, torch_dtype
+from dbllm_cli.records.layers import over_all_layers, write_layer_report
+from dbllm_cli.records.metrics import DistillMetrics
+from dbllm_cli.stages.context import Context, Result, options_from
+from dbllm_cli.stages.spec import DISTILL, implements
 from dbllm_cli.store import Artifact
-
-_ROUNDED_SHARE = 0.25
-"""Of the steps, at the end, in which scales train through their rounding."""
+from dbllm_cli.training.trainer import TeacherAndStudent, Trainer, TrainerOptions
 
 
-def run(config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+@implements(DISTILL)
+def run(
+    config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context
+) -> Result[DistillMetrics]:
     """Train the student and make the fdb artifact of its best measurement on the held-out part.
 
     Raises:
@@ -49,249 +29,22 @@ def run(config: DistillConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
         StageFailedError: the loss is not finite.
     """
     require_same_model(inputs)
-    dtype = begin_or_resume(ctx, config.compute_dtype)
+    environment = begin_or_resume(ctx.scratch, ctx.device, config.compute_dtype, ctx.progress)
     calibration = open_calibration(inputs["calibration"])
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
     student = PackedFolder(inputs["student"].path)
-    trainer = _Trainer(
-        config,
+    dtype = torch_dtype(environment.compute_dtype)
+    models = TeacherAndStudent(
         load_model(folder, dtype, ctx.device, ctx.trust_remote_code),
         load_model(student.folder, torch.float32, ctx.device, ctx.trust_remote_code),
-        student,
-        calibration,
-        ctx,
     )
+    options = options_from(config, TrainerOptions)
+    trainer = Trainer(options, models, student, calibration, ctx.scratch, ctx.progress)
     metrics = trainer.train()
     trainer.restore_best()
     write_requantized(student, ctx.out, trainer.trained_layers(), trainer.others)
     lines = [json.dumps(entry, sort_keys=True, allow_nan=False) for entry in trainer.curve]
     (ctx.out / CURVE).write_text("\n".join(lines) + "\n")
-    report = write_layer_report(folder, calibration.input_mean_squares, ctx)
-    return metrics | over_all_layers(report)
-
-
-class _Trainer:
-    """Teacher, student and the state of one run."""
-
-    def __init__(
-        self,
-        config: DistillConfig,
-        teacher: Model,
-        model: Model,
-        student: PackedFolder,
-        calibration: Calibration,
-        ctx: Context,
-    ) -> None:
-        self.config, self.ctx, self.calibration = config, ctx, calibration
-        self.teacher, self.model = teacher, model
-        self.sequences = calibration.train[: config.num_samples]
-        to_logits = head(model), head(teacher)
-        self.loss = DistillationLoss(
-            config.loss, config.ambiguity, config.gamma, config.plain_weight
-        )
-        blocks = find_blocks(model).modules
-        if config.recompute:
-            _recompute(blocks)
-        self.layers = make_trainable(model, student, teacher if config.train == "weights" else None)
-        self.others = unquantized_parameters(model, blocks, config.unquantized)
-        self.stored_dtype = load_config(student.folder, ctx.trust_remote_code).dtype
-        self.heads = Heads(*to_logits, tuple(p for p in head_parameters(model) if p.requires_grad))
-        self.optimizer = RelativeAdamW(
-            self.layers,
-            config.latent_lr,
-            config.scale_lr,
-            {n: p for n, p in model.named_parameters() if n in self.others},
-            config.unquantized_lr,
-        )
-        self.curve: list[dict[str, float]] = []
-        self.best: dict[str, float] = {}
-        self.worse = 0
-
-    # -- the loop ---------------------------------------------------------------------------------
-
-    def train(self) -> Metrics:
-        """Run all steps, from the last checkpoint if there is one."""
-        config = self.config
-        first = self._resume()
-        tokens = config.batch_size * config.gradient_accumulation * self.sequences.shape[1]
-        with self.ctx.progress.task(
-            "distill", config.steps * tokens, first * tokens, "tokens"
-        ) as task:
-            if first == 0:
-                self._measure(0)
-            for step in range(first, config.steps):
-                if config.patience and self.worse >= config.patience:
-                    self.ctx.progress.note(f"no better {self.worse} times: stopped early")
-                    break
-                entry = self._step(step, task)
-                self.curve.append(entry)
-                done = step + 1
-                if done % config.eval_every == 0 or done == config.steps:
-                    self._measure(done)
-                # The best state that a checkpoint tells of must always be on disk.
-                if done % config.save_every == 0 or self.best.get("step") == done:
-                    self._save(done)
-        start = next((e["held_out"] for e in self.curve if e["step"] == 0), math.nan)
-        return {
-            "steps": self.curve[-1]["step"],
-            "best_step": self.best.get("step", self.curve[-1]["step"]),
-            "held_out_loss_start": start if math.isfinite(start) else None,
-            "held_out_loss": self.best.get("held_out"),
-            "training_loss": self.curve[-1].get("loss"),
-        }
-
-    def _step(self, step: int, task: Task) -> dict[str, float]:
-        config = self.config
-        self._round_late(step)
-        parts = config.gradient_accumulation
-        loss = plain = 0.0
-        for number in range(parts):
-            batch = self.sequences[self._chosen(step * parts + number)].to(self.ctx.device)
-            hidden, outcome = self._forward(batch)
-            loss += float(outcome.loss) / parts
-            plain += float(outcome.plain) / parts
-            _require_finite_training("loss", loss, step + 1)
-            hidden.backward(outcome.gradient / parts)
-            for parameter, gradient in zip(self.heads.trained, outcome.head_gradients, strict=True):
-                _add_gradient(parameter, gradient.div_(parts))
-            task.advance(batch.numel(), loss=loss)
-            # Gradients as large as the head would stay through the next batch.
-            del hidden, outcome
-        norm = float(clip_grad_norm_(self.optimizer.parameters(), config.clip))
-        _require_finite_training("norm of the gradient", norm, step + 1)
-        self.optimizer.step(schedule_factor(step, config.steps, config.warmup_steps))
-        return {"step": step + 1, "loss": loss, "plain_loss": plain, "gradient_norm": norm}
-
-    def _round_late(self, step: int) -> None:
-        """Let scales train as they are, and at the end through their rounding.
-
-        From the start the steps of codes would be too coarse: all of a layer's would go at once.
-        """
-        late = step >= self.config.steps * (1 - _ROUNDED_SHARE)
-        for layer in self.layers.values():
-            layer.rounds_scales = late and layer.levels == "offset"
-
-    def _chosen(self, number: int) -> Tensor:
-        """The sequences of batch `number`: a fresh order every epoch, from the seed alone."""
-        samples, size = len(self.sequences), self.config.batch_size
-        positions = range(number * size, (number + 1) * size)
-        return torch.tensor([int(self._order(p // samples)[p % samples]) for p in positions])
-
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.config.seed * 100_003 + epoch)
-        return torch.randperm(len(self.sequences), generator=generator)
-
-    def _forward(self, batch: Tensor) -> tuple[Tensor, LossAndGradient]:
-        """The student's hidden states and the loss with its gradient to them."""
-        with torch.no_grad():
-            target = (
-                final_hidden(self.teacher, batch) if self.config.loss != "ce" else torch.empty(0)
-            )
-        kind = torch.device(self.ctx.device).type
-        with torch.autocast(kind, self.teacher.dtype, self.teacher.dtype != torch.float32):
-            hidden = final_hidden(self.model, batch)
-            outcome = distillation_loss(self.loss, hidden, target, batch, self.heads)
-        return hidden, outcome
-
-    # -- measuring and keeping the best --------------------------------------------------
-
-    @torch.no_grad()
-    def _measure(self, step: int) -> None:
-        """The unweighted loss on the held-out part; the best state is kept in scratch."""
-        if not len(self.calibration.held_out):
-            return
-        losses = []
-        with self._as_stored():
-            for batch in self.calibration.held_out.split(self.config.batch_size):
-                _, outcome = self._forward(batch.to(self.ctx.device))
-                losses.append(float(outcome.plain) * len(batch))
-        value = math.fsum(losses) / len(self.calibration.held_out)
-        _require_finite_training("held-out loss", value, step)
-        if step == 0:
-            self.curve.append({"step": 0, "held_out": value})
-        else:
-            self.curve[-1]["held_out"] = value
-        self.ctx.progress.note(f"step {step}: held-out loss {value:.4f}")
-        if not self.best or value < self.best["held_out"]:
-            self.best, self.worse = {"step": step, "held_out": value}, 0
-            write_checkpoint(self.ctx.scratch, "best", step, self._weights(), dict(self.best))
-        else:
-            self.worse += 1
-
-    @contextmanager
-    def _as_stored(self) -> Iterator[None]:
-        """Scales and unquantized parameters rounded to what the artifact holds."""
-        others = list(self.others.values())
-        scales = [layer.alpha for layer in self.layers.values()]
-        exact = [(parameter, parameter.data) for parameter in (*others, *scales)]
-        for parameter in others:
-            parameter.data = parameter.data.to(self.stored_dtype).to(parameter.dtype)
-        for layer in self.layers.values():
-            layer.alpha.data = layer.rounded_scales().detach()
-        try:
-            yield
-        finally:
-            for parameter, data in exact:
-                parameter.data = data
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {n: t for n, t in self.optimizer.state_tensors().items() if ":" not in n}
-
-    def restore_best(self) -> None:
-        """Go back to the best measurement; without a held-out part stay where it is."""
-        if self.best:
-            weights, _ = read_checkpoint(self.ctx.scratch, "best", int(self.best["step"]))
-            self.optimizer.load_state_tensors(weights)
-
-    def trained_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
-        """Every layer as it is stored, and its latent weights where they are kept."""
-        for name, layer in self.layers.items():
-            quantized, latent = layer.quantize(), None
-            if self.config.keep_latents and isinstance(layer, LatentLinear):
-                # The cells of the start are not those of the scales that are stored.
-                latent = latent_start(quantized, layer.latent.detach())
-            yield name, quantized, latent
-
-    # -- resuming --------------------------------------------------------------------------
-
-    def _save(self, step: int) -> None:
-        state: dict[str, Any] = {
-            "step": step,
-            "curve": self.curve,
-            "best": self.best,
-            "worse": self.worse,
-        }
-        tensors = self.optimizer.state_tensors()
-        save_checkpoint(self.ctx.scratch, "checkpoint", step, tensors, state)
-        if self.best:
-            # Not before: until now the last checkpoint told of an older one.
-            drop_checkpoints(self.ctx.scratch, "best", int(self.best["step"]))
-
-    def _resume(self) -> int:
-        found = last_checkpoint(self.ctx.scratch, "checkpoint")
-        if found is None:
-            return 0
-        tensors, state = found
-        self.optimizer.load_state_tensors(tensors)
-        self.curve = cast("list[dict[str, float]]", state["curve"])
-        self.best = cast("dict[str, float]", state["best"])
-        self.worse = cast(int, state["worse"])
-        return cast(int, state["step"])
-
-
-def _require_finite_training(name: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise StageFailedError(
-            f"distill: the {name} is {value} at step {step}",
-            "lower --scale-lr and --latent-lr, or use --compute-dtype float32",
-        )
-
-
-def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-
-
-def _recompute(blocks: nn.ModuleList) -> None:
-    """Recompute each block in backward instead of keeping its activations and dense weights."""
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    means = calibration.input_mean_squares
+    report = write_layer_report(ctx.out, folder, means, ctx.trust_remote_code)
+    return Result({**metrics, **over_all_layers(report)}, environment)

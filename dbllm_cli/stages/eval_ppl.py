@@ -17,7 +17,6 @@ from dbllm_cli.llm.models import (
     model_folder,
     require_positions,
 )
-from dbllm_cli.llm.packed import write_json
 from dbllm_cli.llm.perplexity import (
     Window,
     full_windows,
@@ -27,17 +26,21 @@ from dbllm_cli.llm.perplexity import (
 )
 from dbllm_cli.llm.text import (
     DOCUMENT_GAP,
+    TextSource,
     tokenize,
     tokenizer_digest,
     tokens_digest,
     wikitext_rows,
     windows,
 )
-from dbllm_cli.stages.comparison import WINDOWS, ratio_standard_error
-from dbllm_cli.stages.reading import text_source
-from dbllm_cli.stages.sequences import open_calibration, require_same_tokenizer
-from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.records.calibration import open_calibration, require_same_tokenizer
+from dbllm_cli.records.environment import environment_here, torch_dtype
+from dbllm_cli.records.evaluation import WINDOWS, ratio_standard_error
+from dbllm_cli.records.metrics import EvalMetrics
+from dbllm_cli.stages.context import Context, Result
+from dbllm_cli.stages.spec import EVAL_PPL, implements
 from dbllm_cli.store import Artifact
+from dbllm_cli.store.json_file import write_json
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class _Protocol:
     windows: list[Window]
 
 
-def run(config: EvalPplConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+@implements(EVAL_PPL)
+def run(config: EvalPplConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Result[EvalMetrics]:
     """Make the eval artifact: windows.json beside the metrics.
 
     Raises:
@@ -62,7 +66,8 @@ def run(config: EvalPplConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     protocol = _protocol(config, inputs, tokenizer)
     longest = max(len(window.ids) for window in protocol.windows)
     require_positions(folder, longest, ctx.trust_remote_code)
-    dtype = getattr(torch, config.compute_dtype)
+    environment = environment_here(ctx.device, config.compute_dtype)
+    dtype = torch_dtype(config.compute_dtype)
     loaded = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
     with ctx.progress.task("eval-ppl", len(protocol.windows), unit="windows") as task:
         losses = window_losses(loaded, protocol.windows, config.batch_size, task)
@@ -72,7 +77,7 @@ def run(config: EvalPplConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
             f"{folder} gives losses that are not finite", "evaluate with --compute-dtype float32"
         )
     write_json(ctx.out / WINDOWS, {"losses": losses, "tokens": tokens})
-    return _metrics(model.kind, protocol, losses, tokens, tokenizer)
+    return Result(_metrics(model.kind, protocol, losses, tokens, tokenizer), environment)
 
 
 def _metrics(
@@ -81,9 +86,10 @@ def _metrics(
     losses: list[float],
     tokens: list[int],
     tokenizer: Tokenizer,
-) -> Metrics:
+) -> EvalMetrics:
     data = tokens_digest(torch.cat([window.ids for window in protocol.windows]))
-    identity = {**protocol.settings, "tokens": data, "tokenizer": tokenizer_digest(tokenizer)}
+    own = tokenizer_digest(tokenizer)
+    identity = {**protocol.settings, "tokens": data, "tokenizer": own}
     perplexity = perplexity_of(losses, tokens)
     return {
         "evaluated": evaluated,
@@ -94,7 +100,7 @@ def _metrics(
         "windows": len(losses),
         "scored_tokens": sum(tokens),
         "data_digest": data,
-        "tokenizer_digest": identity["tokenizer"],
+        "tokenizer_digest": own,
         "protocol": protocol.settings,
         "comparable": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
     }
@@ -152,12 +158,12 @@ def _held_out(
 
 def _reading(config: EvalPplConfig) -> str:
     """The reading that is asked for, or that fits the source."""
-    fitting = "raw" if text_source(config).is_plain_text() else "wikitext-rows"
+    fitting = "raw" if TextSource(**config.text_settings()).is_plain_text() else "wikitext-rows"
     return config.reading or fitting
 
 
 def _stream(config: EvalPplConfig, tokenizer: Tokenizer) -> list[int]:
-    source = text_source(config)
+    source = TextSource(**config.text_settings())
     if config.protocol == "documents":
         bos = tokenizer.bos_token_id
         gap = tokenize(tokenizer, DOCUMENT_GAP, special=False) if bos is None else [bos]

@@ -11,17 +11,23 @@ import torch
 from dbllm_cli.configs import EvalTasksConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
-from dbllm_cli.llm.packed import write_json
-from dbllm_cli.stages.comparison import ITEMS, accuracy
-from dbllm_cli.stages.resuming import begin_or_resume, last_checkpoint, save_checkpoint
-from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.records.checkpoints import last_checkpoint, save_checkpoint
+from dbllm_cli.records.environment import begin_or_resume, torch_dtype
+from dbllm_cli.records.evaluation import ITEMS, accuracy
+from dbllm_cli.records.metrics import TasksMetrics
+from dbllm_cli.stages.context import Context, Result
+from dbllm_cli.stages.spec import EVAL_TASKS, implements
 from dbllm_cli.store import Artifact, digest_of
+from dbllm_cli.store.json_file import write_json
 
 _CHECKPOINT = "tasks"
 _Results = dict[str, dict[str, Any]]
 
 
-def run(config: EvalTasksConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+@implements(EVAL_TASKS)
+def run(
+    config: EvalTasksConfig, inputs: Mapping[str, Artifact], ctx: Context
+) -> Result[TasksMetrics]:
     """Make the tasks artifact: items.json beside the metrics.
 
     Raises:
@@ -31,7 +37,8 @@ def run(config: EvalTasksConfig, inputs: Mapping[str, Artifact], ctx: Context) -
     harness = _harness()
     include_path = None if config.include_path is None else Path(config.include_path)
     tasks = harness.open_tasks(config.tasks, include_path, config.num_fewshot, config.seed)
-    dtype = begin_or_resume(ctx, config.compute_dtype)
+    environment = begin_or_resume(ctx.scratch, ctx.device, config.compute_dtype, ctx.progress)
+    dtype = torch_dtype(environment.compute_dtype)
     results = _finished(ctx)
     left = [name for name in tasks if name not in results]
     if left:
@@ -44,7 +51,7 @@ def run(config: EvalTasksConfig, inputs: Mapping[str, Artifact], ctx: Context) -
     write_json(ctx.out / ITEMS, {name: result["scores"] for name, result in results.items()})
     metrics = _metrics(config, inputs["model"].kind, results)
     _show(metrics, ctx)
-    return metrics
+    return Result(metrics, environment)
 
 
 def _harness() -> ModuleType:
@@ -77,7 +84,7 @@ def _finished(ctx: Context) -> _Results:
     return dict(results)
 
 
-def _metrics(config: EvalTasksConfig, evaluated: str, results: _Results) -> Metrics:
+def _metrics(config: EvalTasksConfig, evaluated: str, results: _Results) -> TasksMetrics:
     tasks: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
         figures: dict[str, Any] = {"items": len(next(iter(result["scores"].values())))}
@@ -102,7 +109,7 @@ def _metrics(config: EvalTasksConfig, evaluated: str, results: _Results) -> Metr
     }
 
 
-def _show(metrics: Metrics, ctx: Context) -> None:
+def _show(metrics: TasksMetrics, ctx: Context) -> None:
     columns = ("acc", "acc_norm")
     rows = [
         (name, task["items"], *(_cell(task, metric) for metric in columns))
@@ -113,7 +120,7 @@ def _show(metrics: Metrics, ctx: Context) -> None:
     ctx.progress.table("accuracy with its standard error", ("task", "items", *columns), rows)
 
 
-def _cell(figures: Mapping[str, float], metric: str) -> str:
+def _cell(figures: Mapping[str, float | str], metric: str) -> str:
     if metric not in figures:
         return ""
     return f"{figures[metric]:.4f} ± {figures[f'{metric}_standard_error']:.4f}"

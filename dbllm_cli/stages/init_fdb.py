@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbllm_cli.blockwise.gptq import GptqOptions, GptqStart, names_layer
+from dbllm_cli.blockwise.layer_inputs import uncalled_layers
+from dbllm_cli.blockwise.streamed_model import StreamedModel
+from dbllm_cli.blockwise.streams import BlockReport
 from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
 from dbllm_cli.llm.blocks import find_blocks, matrix_of, select_layers
-from dbllm_cli.llm.layer_inputs import uncalled_layers
 from dbllm_cli.llm.models import (
     Model,
     copy_other_files,
@@ -22,18 +25,27 @@ from dbllm_cli.llm.models import (
     load_tokenizer,
     model_folder,
     module_tensor_names,
-    require_device,
 )
-from dbllm_cli.llm.packed import QuantizedLayer, quantized_config, write_json, write_quantized
-from dbllm_cli.llm.tensors import TensorFolder, require_finite
-from dbllm_cli.stages.gptq_start import GptqStart, names_layer
-from dbllm_cli.stages.layer_report import over_all_layers, show_layers, write_layer_report
-from dbllm_cli.stages.sequences import open_calibration, require_same_model
-from dbllm_cli.stages.spec import Context, Metrics
+from dbllm_cli.llm.quantized_folder import (
+    QuantizedLayer,
+    quantized_config,
+    write_quantized,
+)
+from dbllm_cli.records.calibration import open_calibration, require_same_model
+from dbllm_cli.records.environment import begin_or_resume, environment_here, torch_dtype
+from dbllm_cli.records.layers import over_all_layers, show_layers, write_layer_report
+from dbllm_cli.records.metrics import GptqMetrics, InitFdbMetrics
+from dbllm_cli.stages.context import Context, Result, options_from
+from dbllm_cli.stages.spec import INIT_FDB, implements
 from dbllm_cli.store import Artifact
+from dbllm_cli.store.json_file import write_json
+from dbllm_cli.tensors import TensorFolder, require_finite
 
 
-def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+@implements(INIT_FDB)
+def run(
+    config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context
+) -> Result[InitFdbMetrics]:
     """Make an fdb artifact: a quantized model's folder and layers.json.
 
     Raises:
@@ -43,7 +55,6 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
         StageFailedError: a scale is not finite in float16.
     """
     require_same_model(inputs)
-    require_device(ctx.device)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
     load_tokenizer(folder, ctx.trust_remote_code)
     model = empty_model(load_config(folder, ctx.trust_remote_code), ctx.trust_remote_code)
@@ -52,19 +63,28 @@ def run(config: InitFdbConfig, inputs: Mapping[str, Artifact], ctx: Context) -> 
     _require_calls(model, layers)
     calibration = open_calibration(inputs["calibration"]) if "calibration" in inputs else None
     means = {} if calibration is None else calibration.input_mean_squares
-    blocks_report: Metrics = {}
+    blocks_report: BlockReport | None = None
     if config.method == "gptq":
         assert calibration is not None  # config.require_inputs
-        start = GptqStart(config, folder, layers, ctx)
-        blocks_report = {"blocks": start.quantize_all(calibration.train[: config.num_samples])}
+        environment = begin_or_resume(ctx.scratch, ctx.device, config.compute_dtype, ctx.progress)
+        dtype = torch_dtype(environment.compute_dtype)
+        teacher = StreamedModel(folder, ctx.device, ctx.trust_remote_code, dtype)
+        start = GptqStart(options_from(config, GptqOptions), teacher, layers, ctx.scratch)
+        sequences = calibration.train[: config.num_samples]
+        blocks_report = start.quantize_all(sequences, ctx.progress)
         quantized = start.finished_layers()
     else:
+        environment = environment_here(ctx.device, "float32")
         quantized = _fitted_layers(config, folder, layers, means, ctx)
     _write_tensors(config, folder, model, quantized, layers, ctx.out)
     _write_files(folder, ctx.out, config, [n for n, _ in blocks.linear_layers() if n not in layers])
-    report = write_layer_report(folder, means, ctx)
+    report = write_layer_report(ctx.out, folder, means, ctx.trust_remote_code)
     show_layers(report, ctx.progress)
-    return {**over_all_layers(report), **blocks_report}
+    overall = over_all_layers(report)
+    if blocks_report is None:
+        return Result(overall, environment)
+    with_blocks: GptqMetrics = {**overall, "blocks": blocks_report}
+    return Result(with_blocks, environment)
 
 
 def _require_calls(model: Model, layers: Collection[str]) -> None:

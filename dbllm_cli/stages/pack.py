@@ -2,25 +2,24 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-
-from torch import Tensor
+from collections.abc import Mapping
 
 from dbllm_cli.configs import PackConfig
+from dbllm_cli.formats import Format, open_format
+from dbllm_cli.formats.packed import Int8Embeddings
 from dbllm_cli.llm.models import LAYER_REPORT, copy_other_files
-from dbllm_cli.llm.packed import (
-    PackedFolder,
-    dense_tensors,
-    int8_embedding_tensors,
-    write_json,
-)
-from dbllm_cli.llm.tensors import ShardWriter
-from dbllm_cli.stages.model_card import model_card
-from dbllm_cli.stages.spec import Context, Metrics, members
+from dbllm_cli.llm.quantized_folder import PackedFolder
+from dbllm_cli.records.card import model_card
+from dbllm_cli.records.metrics import PackMetrics
+from dbllm_cli.stages.context import Context, Result, members
+from dbllm_cli.stages.spec import PACK, implements
 from dbllm_cli.store import Artifact
+from dbllm_cli.store.json_file import write_json
+from dbllm_cli.tensors import ShardWriter
 
 
-def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+@implements(PACK)
+def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Result[PackMetrics]:
     """Make the packed artifact from an fdb artifact.
 
     Raises:
@@ -29,63 +28,42 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Met
     """
     fdb = inputs["fdb"]
     student = PackedFolder(fdb.path)
+    chosen = Int8Embeddings() if config.embeddings == "int8" else open_format(config.format)
     copy_other_files(student.folder, ctx.out)
-    total = 0
-    with (
-        ShardWriter(ctx.out, shard_bytes=config.shard_size * 1e9) as writer,
-        ctx.progress.task("pack", len(student.tensors.names()), unit="tensors") as task,
-    ):
-        for name, tensor in _tensors(config, student, ctx):
-            writer.add(name, tensor)
-            total += tensor.numel() * tensor.element_size()
-            task.advance()
-    if config.format == "dense":
-        _drop_quantization_config(ctx)
-    elif config.embeddings == "int8":
-        _note_embedding_bits(ctx)
-    metrics: Metrics = {
+    total = _write_tensors(chosen, student, config.shard_size * 1e9, ctx)
+    path = ctx.out / "config.json"
+    write_json(path, chosen.config(json.loads(path.read_text())))
+    weights, bits = _quantized_size(student)
+    metrics: PackMetrics = {
         "format": config.format,
         "embeddings": config.embeddings,
         "levels": student.levels,
         "weight_bytes": total,
-        **_sizes(student),
+        "quantized_weights": weights,
+        "bits_per_quantized_weight": bits,
     }
-    card = model_card(fdb, members(inputs, "evals"), metrics)
+    card = model_card(fdb, members(inputs, "evals"), metrics, chosen)
     (ctx.out / "README.md").write_text(card)
-    return metrics
+    return Result(metrics)
 
 
-def _tensors(
-    config: PackConfig, student: PackedFolder, ctx: Context
-) -> Iterator[tuple[str, Tensor]]:
-    if config.format == "dense":
-        return dense_tensors(student, ctx.trust_remote_code)
-    if config.embeddings == "int8":
-        return int8_embedding_tensors(student, ctx.trust_remote_code)
-    return student.tensors.items()
+def _write_tensors(chosen: Format, student: PackedFolder, shard_bytes: float, ctx: Context) -> int:
+    """Write the folder's tensors; how many bytes they are."""
+    total = 0
+    with (
+        ShardWriter(ctx.out, shard_bytes=shard_bytes) as writer,
+        ctx.progress.task("pack", len(student.tensors.names()), unit="tensors") as task,
+    ):
+        for name, tensor in chosen.tensors(student, ctx.trust_remote_code):
+            writer.add(name, tensor)
+            total += tensor.numel() * tensor.element_size()
+            task.advance()
+    return total
 
 
-def _drop_quantization_config(ctx: Context) -> None:
-    path = ctx.out / "config.json"
-    config = json.loads(path.read_text())
-    for key in ("quantization_config", "torch_dtype"):
-        config.pop(key, None)
-    write_json(path, config | {"dtype": "bfloat16"})
-
-
-def _note_embedding_bits(ctx: Context) -> None:
-    path = ctx.out / "config.json"
-    settings = json.loads(path.read_text())
-    settings["quantization_config"]["embedding_bits"] = 8
-    write_json(path, settings)
-
-
-def _sizes(student: PackedFolder) -> dict[str, float]:
-    """What the quantized layers take, planes and scales."""
+def _quantized_size(student: PackedFolder) -> tuple[int, float]:
+    """The quantized weights, and bits of each with planes and scales."""
     report = json.loads((student.folder / LAYER_REPORT).read_text()).values()
     weights = sum(int(layer["weights"]) for layer in report)
     bits = math.fsum(layer["weights"] * layer["bits_per_weight"] for layer in report)
-    return {
-        "quantized_weights": weights,
-        "bits_per_quantized_weight": round(bits / weights, 6),
-    }
+    return weights, round(bits / weights, 6)

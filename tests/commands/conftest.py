@@ -10,7 +10,9 @@ import pytest
 
 from dbllm_cli.__main__ import run
 from dbllm_cli.configs import InitFdbConfig, StageConfig
-from dbllm_cli.stages.spec import Context, StageSpec
+from dbllm_cli.stages.context import Context
+from dbllm_cli.stages.context import Result as StageResult
+from dbllm_cli.stages.spec import StageSpec
 from dbllm_cli.store import Artifact
 
 
@@ -79,14 +81,14 @@ def stage_calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
     def body(
         config: StageConfig, inputs: Mapping[str, Artifact], context: Context
-    ) -> dict[str, Any]:
+    ) -> StageResult[dict[str, Any]]:
         calls.append(Call(config, dict(inputs), context.device, context.trust_remote_code))
         (context.out / "result.txt").write_text(f"{type(config).__name__} {config}")
         if isinstance(config, InitFdbConfig):
             (context.out / "layers.json").write_text('{"0.q_proj": {"error": 0.115}}')
         with context.progress.task("working", total=3) as task:
             task.advance(3, loss=0.5)
-        return {"loss": 0.5, "per_layer": {"mean": 0.25}}
+        return StageResult({"loss": 0.5, "per_layer": {"mean": 0.25}})
 
     monkeypatch.setattr(StageSpec, "body", lambda self: body)
     return calls

@@ -8,12 +8,12 @@ from pydantic_core import PydanticUndefined
 from dbllm_cli.commands.options import config_parameters, option_name
 from dbllm_cli.commands.stages import _parameters
 from dbllm_cli.configs import InitFdbConfig
-from dbllm_cli.stages.spec import STAGES, StageSpec
+from dbllm_cli.stages.spec import STAGES, AnyStage
 from tests.commands.conftest import Call, DbllmCall
 
 
 @pytest.mark.parametrize("spec", STAGES.values(), ids=STAGES)
-def test_every_setting_is_an_option_with_a_help_text(spec: StageSpec, dbllm: DbllmCall) -> None:
+def test_every_setting_is_an_option_with_a_help_text(spec: AnyStage, dbllm: DbllmCall) -> None:
     shown = dbllm(spec.name, "--help").out
 
     for name, field in spec.config.model_fields.items():
@@ -23,7 +23,7 @@ def test_every_setting_is_an_option_with_a_help_text(spec: StageSpec, dbllm: Dbl
 
 
 @pytest.mark.parametrize("spec", STAGES.values(), ids=STAGES)
-def test_every_option_has_the_default_of_its_setting(spec: StageSpec) -> None:
+def test_every_option_has_the_default_of_its_setting(spec: AnyStage) -> None:
     parameters = {parameter.name: parameter for parameter in config_parameters(spec.config)}
 
     for name, field in spec.config.model_fields.items():
@@ -33,7 +33,7 @@ def test_every_option_has_the_default_of_its_setting(spec: StageSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", STAGES.values(), ids=STAGES)
-def test_no_setting_takes_the_option_of_another_parameter(spec: StageSpec) -> None:
+def test_no_setting_takes_the_option_of_another_parameter(spec: AnyStage) -> None:
     inspect.Signature(_parameters(spec))  # raises on a name given twice
 
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from dbllm_cli.fdb.fit import fit_scales
-from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
+from dbllm_cli.fdb.quantized import QuantizedMatrix, latent_start, quantize_matrix
 from dbllm_cli.fdb.scales import LevelKind
-from dbllm_cli.fdb.training import LatentLinear, latent_start
+from dbllm_cli.training.layers import LatentLinear
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from dbllm_cli.cpu_library import library_path
 from dbllm_cli.kernels import cpu_kernels
 from dbllm_cli.kernels.cpu import CpuKernels
+from dbllm_cli.machine.cpu_library import library_path
 
 _LACKING = "the CPU kernels are not compiled, or DBLLM_KERNEL asks for the reference"
 

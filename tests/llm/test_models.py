@@ -16,8 +16,8 @@ from dbllm_cli.llm.models import (
     model_folder,
     module_tensor_names,
 )
-from dbllm_cli.llm.tensors import TensorFolder, save_tensors
 from dbllm_cli.store import Artifact, new_staging
+from dbllm_cli.tensors import TensorFolder, save_tensors
 from tests.llm.conftest import llama_config, random_model
 
 

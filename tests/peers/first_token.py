@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dbllm_cli.blockwise.sensitivity import output_sensitivities
+from dbllm_cli.blockwise.streamed_model import StreamedModel
 from dbllm_cli.llm.blocks import find_blocks
 from dbllm_cli.llm.models import Model, load_model
-from dbllm_cli.llm.sensitivity import output_sensitivities
-from dbllm_cli.llm.streaming import StreamedModel
 from dbllm_cli.progress import SilentProgress
 
 SEQUENCES = 16

@@ -29,8 +29,8 @@ os.environ |= openmp_settings(2)
 import torch
 from torch import Tensor
 
-from dbllm_cli.cpu_library import library_path
 from dbllm_cli.kernels import cpu_kernels, fdb_linear_tiled
+from dbllm_cli.machine.cpu_library import library_path
 
 SHAPES = [
     (4096, 4096), (11008, 4096), (4096, 11008), (64, 4096), (1088, 4096),

@@ -21,8 +21,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dbllm_cli.stages.comparison import EvalResult, TasksResult
-from dbllm_cli.stages.machine import processor
+from dbllm_cli.machine.processor import processor
+from dbllm_cli.records.evaluation import EvalResult, TasksResult
 from dbllm_cli.store.artifact import Artifact
 
 PACKAGES = {

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dbllm_cli.stages.comparison import EvalResult, accuracy, paired_difference
+from dbllm_cli.records.evaluation import EvalResult, accuracy, paired_difference
 
 OURS = "dbllm"
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from dbllm_cli.kernels import quantize_rows
-from dbllm_cli.llm.packed import quantized_config, write_json
-from dbllm_cli.llm.tensors import ShardWriter
+from dbllm_cli.llm.quantized_folder import quantized_config
+from dbllm_cli.store.json_file import write_json
+from dbllm_cli.tensors import ShardWriter
 
 GROUP_SIZE = 64
 POSITIONS = 4096

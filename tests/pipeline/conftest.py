@@ -14,9 +14,11 @@ from dbllm_cli.configs import InputFile, StageConfig
 from dbllm_cli.pipeline import file as pipeline_file
 from dbllm_cli.pipeline import schema as pipeline_schema
 from dbllm_cli.pipeline.file import Pipeline, load_pipeline
-from dbllm_cli.stages.spec import Context, Metrics, Slot, StageSpec
+from dbllm_cli.stages.context import Context, Result
+from dbllm_cli.stages.spec import AnyStage, Slot, StageSpec
 from dbllm_cli.store import Artifact, Store
 
+Metrics = dict[str, Any]
 Body = Callable[[Any, Mapping[str, Artifact], Context], Metrics]
 SetBody = Callable[[str, Body], None]
 Load = Callable[..., Pipeline]
@@ -58,7 +60,7 @@ class NoConfig(StageConfig):
 
 _MODEL = Slot("model", ("model",), "the model")
 _CALIBRATION = Slot("calibration", ("calibration",), "the text")
-SPECS = (
+SPECS: tuple[AnyStage, ...] = (
     StageSpec("gather", 1, GatherConfig, (_MODEL,), "calibration", "Gather."),
     StageSpec(
         "start", 1, NoConfig,
@@ -113,14 +115,14 @@ def set_body(monkeypatch: pytest.MonkeyPatch) -> SetBody:
 
     def give(name: str, body: Body) -> None:
         module = ModuleType(f"dbllm_cli.stages.{name}")
-        module.run = body  # type: ignore[attr-defined]
+        module.run = lambda *given: Result(body(*given))  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
     return give
 
 
 @pytest.fixture
-def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, StageSpec]:
+def stages(monkeypatch: pytest.MonkeyPatch) -> dict[str, AnyStage]:
     """The fake stages, in place of the real ones."""
     specs = {spec.name: spec for spec in SPECS}
     for module in (pipeline_file, pipeline_schema):
@@ -148,7 +150,7 @@ def model(model_folder: Path) -> Artifact:
 
 
 @pytest.fixture
-def load(tmp_path: Path, stages: dict[str, StageSpec], model_folder: Path) -> Load:
+def load(tmp_path: Path, stages: dict[str, AnyStage], model_folder: Path) -> Load:
     """Load a pipeline: the whole one, after replacing `old` by `new` in its text."""
 
     def read(old: str = "", new: str = "", *overrides: str) -> Pipeline:

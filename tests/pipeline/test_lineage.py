@@ -6,10 +6,10 @@ import pytest
 from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.pipeline.lineage import keyed_config, lineage_of
-from dbllm_cli.stages.spec import StageSpec
+from dbllm_cli.stages.spec import AnyStage
 from dbllm_cli.store import Artifact, Store, lineage_key
 
-Stages = dict[str, StageSpec]
+Stages = dict[str, AnyStage]
 
 
 def config(stages: Stages, stage: str, **settings: Any) -> StageConfig:

@@ -8,7 +8,7 @@ from dbllm_cli.pipeline.file import Pipeline
 from dbllm_cli.pipeline.plan import plan_pipeline
 from dbllm_cli.pipeline.run import run_pipeline
 from dbllm_cli.progress import SilentProgress
-from dbllm_cli.stages.spec import StageSpec
+from dbllm_cli.stages.spec import AnyStage, StageSpec
 from dbllm_cli.store import Store
 
 Load = Callable[..., Pipeline]
@@ -93,7 +93,7 @@ def test_an_input_given_or_taken_is_named(done: Pipeline, load: Load, store: Sto
 
 
 def test_a_new_version_of_a_stage_is_named(
-    done: Pipeline, load: Load, store: Store, stages: dict[str, StageSpec]
+    done: Pipeline, load: Load, store: Store, stages: dict[str, AnyStage]
 ) -> None:
     old = stages["train"]
     stages["train"] = StageSpec("train", 2, old.config, old.inputs, "fdb", old.help)

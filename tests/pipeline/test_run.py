@@ -14,17 +14,19 @@ from dbllm_cli.errors import (
 from dbllm_cli.pipeline.file import Pipeline
 from dbllm_cli.pipeline.run import Outcome, run_pipeline, run_stage
 from dbllm_cli.progress import SilentProgress
-from dbllm_cli.stages.spec import Context, Metrics, StageSpec
+from dbllm_cli.stages.context import Context
+from dbllm_cli.stages.spec import AnyStage
 from dbllm_cli.store import Artifact, Store, lineage_key
 
 Load = Callable[..., Pipeline]
+Metrics = dict[str, Any]
 Body = Callable[[Any, Mapping[str, Artifact], Context], Metrics]
 SetBody = Callable[[str, Body], None]
 Run = Callable[..., Outcome]
 
 
 @pytest.fixture
-def gather(stages: dict[str, StageSpec], store: Store, model: Artifact) -> Run:
+def gather(stages: dict[str, AnyStage], store: Store, model: Artifact) -> Run:
     """Run the stage `gather` on the model."""
 
     def run(letters: int = 3, **options: Any) -> Outcome:
@@ -171,7 +173,7 @@ def test_a_store_that_can_not_be_written_is_told(gather: Run, store: Store, ran:
     ],
 )
 def test_inputs_that_do_not_fit_are_told(
-    stages: dict[str, StageSpec], store: Store, inputs: dict[str, str], message: str
+    stages: dict[str, AnyStage], store: Store, inputs: dict[str, str], message: str
 ) -> None:
     spec = stages["train"]
     given = {name: Artifact(Path(name), kind, "d", {}) for name, kind in inputs.items()}

@@ -25,6 +25,7 @@ from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import DbllmError
 from dbllm_cli.pipeline.run import run_stage
 from dbllm_cli.progress import SilentProgress
+from dbllm_cli.stages.context import Result
 from dbllm_cli.stages.spec import StageSpec
 from dbllm_cli.store import Store, store as store_module
 
@@ -39,7 +40,7 @@ def body(config, inputs, ctx):
     if mode == "wait":
         print("running", flush=True)
         time.sleep(60)
-    return {}
+    return Result({})
 
 def dying(step):
     def call(*args):

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.kernels import cpu_kernels
+from dbllm_cli.llm.peak_memory import measure_peak_memory
 from dbllm_cli.pipeline.run import Outcome
 from dbllm_cli.stages import bench
-from dbllm_cli.stages.peak_memory import measure_peak_memory
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
 from tests.stages.conftest import Notes
@@ -100,9 +100,9 @@ def test_the_weight_bytes_are_those_of_the_tensors_in_memory(
 @pytest.mark.parametrize(
     ("dtype", "faster", "told"),
     [
-        ("bfloat16", torch.float32, True),
-        ("bfloat16", torch.bfloat16, False),
-        ("float32", torch.float32, False),
+        ("bfloat16", "float32", True),
+        ("bfloat16", "bfloat16", False),
+        ("float32", "float32", False),
     ],
 )
 def test_a_baseline_that_bfloat16_makes_slow_is_told_of(
@@ -112,7 +112,7 @@ def test_a_baseline_that_bfloat16_makes_slow_is_told_of(
     without_memory: None,
     monkeypatch: pytest.MonkeyPatch,
     dtype: str,
-    faster: torch.dtype,
+    faster: str,
     told: bool,
 ) -> None:
     monkeypatch.setattr("dbllm_cli.stages.bench.faster_dtype", lambda device: faster)

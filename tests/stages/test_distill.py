@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from dbllm_cli.llm.models import load_model
 from dbllm_cli.stages import distill
 from dbllm_cli.store import Artifact
+from dbllm_cli.training import trainer
 from tests.conftest import Workshop
 from tests.stages.conftest import KilledAndResumed
 
@@ -238,7 +239,7 @@ def test_killed_after_a_checkpoint_it_ends_with_the_same_bytes(
 def test_the_best_state_outlives_a_run_that_ends_before_its_checkpoint(
     fresh: Workshop, training: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = distill.save_checkpoint
+    saved = trainer.save_checkpoint
 
     def fail_at_step_3(scratch: Path, name: str, number: int, *rest: Any) -> None:
         if (name, number) == ("checkpoint", 3):
@@ -247,7 +248,7 @@ def test_the_best_state_outlives_a_run_that_ends_before_its_checkpoint(
 
     settings = SETTINGS | {"eval_every": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "save_checkpoint", fail_at_step_3)
+        patch.setattr(trainer, "save_checkpoint", fail_at_step_3)
         with pytest.raises(OSError, match="went down"):
             fresh.make("distill", training, **settings)
     # Elsewhere the steps that are run again may come out worse than the best so far.

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dbllm_cli.llm
 from dbllm_cli.__main__ import run
 from dbllm_cli.errors import ConfigError, StageFailedError
-from dbllm_cli.stages.comparison import TasksResult, comparable_groups
+from dbllm_cli.records.evaluation import TasksResult, comparable_groups
 from dbllm_cli.store import Artifact
 from tests.conftest import SHARED_DATA, Workshop
 from tests.stages.conftest import KilledAndResumed, Notes

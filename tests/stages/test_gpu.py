@@ -7,15 +7,20 @@ import torch
 
 from dbllm_cli.pipeline.run import run_stage
 from dbllm_cli.progress import SilentProgress
-from dbllm_cli.stages.spec import STAGES, Metrics
+from dbllm_cli.stages.spec import STAGES
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
 
 GPU = "cuda"
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
-def on_gpu(workshop: Workshop, stage: str, inputs: dict[str, Artifact], **settings: Any) -> Metrics:
+def on_gpu(
+    workshop: Workshop, stage: str, inputs: dict[str, Artifact], **settings: Any
+) -> dict[str, Any]:
     spec, exact = STAGES[stage], {"compute_dtype": "float32"}
     config = spec.config(**exact | settings)
     progress = SilentProgress()

@@ -4,13 +4,13 @@ from typing import Any
 import pytest
 import torch
 
+from dbllm_cli.blockwise import output_metric
+from dbllm_cli.blockwise.block_error import Sensitivity
+from dbllm_cli.blockwise.sensitivity import output_sensitivities
+from dbllm_cli.blockwise.streamed_model import StreamedModel
 from dbllm_cli.errors import StageFailedError
-from dbllm_cli.fdb.block_error import Sensitivity
 from dbllm_cli.llm.models import load_model
-from dbllm_cli.llm.sensitivity import output_sensitivities
-from dbllm_cli.llm.streaming import StreamedModel
 from dbllm_cli.progress import SilentProgress
-from dbllm_cli.stages import output_metric
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
 from tests.stages.block_outputs import hidden_after

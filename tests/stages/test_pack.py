@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from dbllm_cli.configs import PackConfig
 from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.llm.models import load_model
-from dbllm_cli.llm.packed import PackedFolder
+from dbllm_cli.llm.quantized_folder import PackedFolder
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
 from tests.tiny_models import dequantized, save_model

@@ -1,0 +1,1 @@
+"""What this machine is: processor, memory, compiled kernels, the faster dtype."""

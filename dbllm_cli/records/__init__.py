@@ -1,0 +1,1 @@
+"""What artifacts and scratch folders hold, typed."""

@@ -1,0 +1,1 @@
+"""What trains: layers, optimizer, losses, and the trainer of distill."""

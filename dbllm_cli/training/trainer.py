@@ -190,7 +190,7 @@ class Trainer:
         """
         late = step >= self.options.steps * (1 - _ROUNDED_SHARE)
         for layer in self.layers.values():
-            layer.rounds_scales = late and layer.levels == "offset"
+            layer.rounds_scales = late and layer.scheme.trains_rounded
 
     def _chosen(self, number: int) -> Tensor:
         """The sequences of batch `number`: a fresh order every epoch, from the seed alone."""

@@ -13,7 +13,6 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dbllm_cli.fdb.linear import FdbLinear
-from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.kernels import PackedBlock, cpu_kernels
 from dbllm_cli.llm.attention import NAME, use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks
@@ -57,7 +56,7 @@ def _fused(model: PreTrainedModel) -> int:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_generation_gives_the_logits_of_transformers_own_operators(
-    family: str, cache: str, levels: LevelKind
+    family: str, cache: str, levels: str
 ) -> None:
     options = {"cache_implementation": cache, "disable_compile": True}
     model = served_model(family, levels=levels)

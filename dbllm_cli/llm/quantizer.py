@@ -1,5 +1,8 @@
 """How transformers loads a packed model: `quant_method: dbllm`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +23,19 @@ FORMAT_VERSION = 1
 NEWEST_FORMAT = 3
 """A folder has the version of its levels (`Scheme.format_version`), so that older dbllm read what
 they know. Version 2 had scales in 8 bits and is not read any more."""
+
+
+_USES_CPU_KERNELS: ContextVar[bool] = ContextVar("uses_cpu_kernels", default=True)
+
+
+@contextmanager
+def without_cpu_kernels() -> Iterator[None]:
+    """Models loaded meanwhile stay as planes and scales, to be trained or moved to a GPU."""
+    token = _USES_CPU_KERNELS.set(False)
+    try:
+        yield
+    finally:
+        _USES_CPU_KERNELS.reset(token)
 
 
 class NewerFormatError(ValueError):
@@ -99,7 +115,7 @@ class DbllmQuantizer(HfQuantizer):
             module.expand()
         # A layer that is offloaded from a GPU comes back to it at every call.
         devices = (getattr(model, "hf_device_map", None) or {"": "cpu"}).values()
-        if {str(device) for device in devices} == {"cpu"}:
+        if _USES_CPU_KERNELS.get() and {str(device) for device in devices} == {"cpu"}:
             for module in packed:
                 module.use_cpu_kernels()
             use_cpu_attention(model)

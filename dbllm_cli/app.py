@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dbllm_cli.commands import artifacts, doctor, generate, pipelines, stages
+from dbllm_cli.commands import artifacts, doctor, gc, generate, pipelines, stages
 from dbllm_cli.commands.doctor import installed_version
 from dbllm_cli.commands.options import plain_message
 from dbllm_cli.console import Console, report
@@ -38,7 +38,7 @@ def _options(
 ) -> None: ...
 
 
-for _module in (pipelines, stages, artifacts, generate, doctor):
+for _module in (pipelines, stages, artifacts, gc, generate, doctor):
     _module.register(app)
 
 

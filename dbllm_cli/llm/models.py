@@ -1,6 +1,7 @@
 """Opening models, and importing what is not yet safetensors under module names."""
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,14 @@ def model_folder(model: Artifact, work: Path, trust_remote_code: bool = False) -
             _publish(staging, imported)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+    _mark_as_used(imported)
     return imported
+
+
+def _mark_as_used(imported: Path) -> None:
+    """Set the folder's time, by which `dbllm gc` knows how long it was not used."""
+    with contextlib.suppress(OSError):
+        os.utime(imported)
 
 
 def _publish(staging: Path, imported: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from dbllm_cli.configs import StageConfig
@@ -13,6 +13,7 @@ from dbllm_cli.errors import (
     ArtifactMissingError,
     DbllmError,
     StageFailedError,
+    StoppedError,
 )
 from dbllm_cli.pipeline.file import Pipeline
 from dbllm_cli.pipeline.lineage import Lineage, lineage_of, named_files
@@ -23,7 +24,7 @@ from dbllm_cli.pipeline.wiring import MODEL
 from dbllm_cli.progress import Progress
 from dbllm_cli.stages.context import Context, Result, members
 from dbllm_cli.stages.spec import AnyStage
-from dbllm_cli.store import Artifact, Store, canonical_json, digest_of, lineage_key, resolve_model
+from dbllm_cli.store import Artifact, Store, canonical_json, lineage_key, resolve_model
 from dbllm_cli.store.disk import disk_errors, disk_full_error, is_disk_full
 
 METRICS = "metrics.json"
@@ -63,6 +64,29 @@ class _Making:
     replace: bool
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A step that failed while others went on."""
+
+    step: str
+    error: DbllmError
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """How the steps of a pipeline ended.
+
+    Attributes:
+        outcomes: of the steps that are there now, in order.
+        failures: steps that failed, in order.
+        left_out: steps that need the artifact of one that failed.
+    """
+
+    outcomes: list[Outcome]
+    failures: list[Failure]
+    left_out: list[str]
+
+
 def run_stage(
     spec: AnyStage,
     config: StageConfig,
@@ -74,6 +98,7 @@ def run_stage(
     force: bool = False,
     trust_remote_code: bool = False,
     step: str | None = None,
+    wait: bool = True,
 ) -> Outcome:
     """Make what `spec` makes of these settings and inputs, or return it when it is there.
 
@@ -87,13 +112,15 @@ def run_stage(
         force: make it again though it is there.
         trust_remote_code: let transformers run code that comes with a model.
         step: the step's name in a pipeline; the stage's name when absent.
+        wait: where another run makes the same, wait until it ends; else fail.
 
     Raises:
         ArtifactMissingError: an input is missing or of the wrong kind.
         ArtifactCorruptError: the stored artifact is damaged.
         ConfigError: a setting doesn't fit the inputs, a file that the settings name is missing, or
             the store can't be written.
-        StageFailedError: another run makes the same, or the disk or the memory ran out.
+        StageFailedError: the disk or the memory ran out, or another run makes the same and there is
+            no waiting.
         StoppedError: SIGTERM came; the same call goes on.
     """
     _check_inputs(spec, inputs)
@@ -107,7 +134,12 @@ def run_stage(
     found = None if again else store.find(spec.output, key)
     if found is not None:
         return _outcome(making.step, found, ran=False)
-    with stops_on_sigterm(), store.lock(key, f"{making.step} ({spec.output}-{key[:12]})"):
+    label = f"{making.step} ({spec.output}-{key[:12]})"
+
+    def told(holder: str) -> None:
+        progress.note(f"{label} is being made by {holder}: waiting until it ends")
+
+    with stops_on_sigterm(), store.lock(key, label, told if wait else None):
         # Another run may have finished it while this one came for the lock.
         found = None if again else store.find(spec.output, key)
         if found is not None:
@@ -124,8 +156,10 @@ def run_pipeline(
     force: Collection[str] = (),
     only: str | None = None,
     trust_remote_code: bool = False,
-) -> list[Outcome]:
-    """Run every step of a pipeline that is not up to date; what each step ended with, in order.
+    wait: bool = True,
+    keep_going: bool = False,
+) -> PipelineRun:
+    """Run every step of a pipeline that is not up to date.
 
     Args:
         pipeline: the pipeline.
@@ -135,47 +169,55 @@ def run_pipeline(
         force: steps to run though they are up to date.
         only: the one step to run, on what the store has.
         trust_remote_code: let transformers run code that comes with a model.
+        wait: where another run makes the same, wait until it ends; else fail.
+        keep_going: after a failure go on with the steps that don't need what failed.
 
     Raises:
-        DbllmError: all that `run_stage`, `plan_pipeline` and `resolve_model` raise.
-        StageFailedError: also when another run of this pipeline is under way.
+        DbllmError: all that `run_stage`, `plan_pipeline` and `resolve_model` raise; of steps not
+            with `keep_going`.
     """
-    label = f"pipeline {pipeline.path}"
-    with stops_on_sigterm(), store.lock(_lock_key(pipeline), label):
-        model = resolve_model(pipeline.model.path, pipeline.model.revision, store)
-        known = {MODEL: model}
-        outcomes: list[Outcome] = []
+    with stops_on_sigterm():
+        known = {MODEL: resolve_model(pipeline.model.path, pipeline.model.revision, store)}
+        run = PipelineRun([], [], [])
         for planned in plan_pipeline(pipeline, store, force, only):
             step = planned.step
             inputs = gather(step, known)
             if planned.action == "left out" or inputs is None:
                 if planned.artifact is not None:
                     known[step.name] = planned.artifact
+                elif planned.action != "left out":
+                    run.left_out.append(step.name)
                 continue
-            outcome = run_stage(
-                step.stage,
-                step.config,
-                inputs,
-                store,
-                progress=progress,
-                device=device,
-                force=step.name in force,
-                trust_remote_code=trust_remote_code,
-                step=step.name,
-            )
+            try:
+                outcome = run_stage(
+                    step.stage,
+                    step.config,
+                    inputs,
+                    store,
+                    progress=progress,
+                    device=device,
+                    force=step.name in force,
+                    trust_remote_code=trust_remote_code,
+                    step=step.name,
+                    wait=wait,
+                )
+            except DbllmError as error:
+                if not keep_going or isinstance(error, StoppedError):
+                    raise
+                progress.note(f"{step.name}: failed: {error.message}")
+                run.failures.append(Failure(step.name, error))
+                continue
             known[step.name] = outcome.artifact
-            done = f"made in {outcome.seconds:.0f} s" if outcome.ran else "up to date"
-            progress.note(f"{step.name}: {done}, {outcome.artifact.path}")
-            if step.name in force and only is None:
-                progress.note(f"to go on from here after a stop, leave out --force {step.name}")
-            outcomes.append(outcome)
-        return outcomes
+            run.outcomes.append(outcome)
+            _tell(outcome, progress, forced=step.name in force and only is None)
+        return run
 
 
-def _lock_key(pipeline: Pipeline) -> str:
-    """Of a file and what `--set` makes of it: other settings may run beside it."""
-    configs = {step.name: step.config.model_dump(mode="json") for step in pipeline.steps}
-    return digest_of([str(pipeline.path.resolve()), asdict(pipeline.model), configs])
+def _tell(outcome: Outcome, progress: Progress, forced: bool) -> None:
+    done = f"made in {outcome.seconds:.0f} s" if outcome.ran else "up to date"
+    progress.note(f"{outcome.step}: {done}, {outcome.artifact.path}")
+    if forced:
+        progress.note(f"to go on from here after a stop, leave out --force {outcome.step}")
 
 
 def _check_inputs(spec: AnyStage, inputs: Mapping[str, Artifact]) -> None:

@@ -1,7 +1,7 @@
 """The store: a folder of finished artifacts, and the places where unfinished ones are made."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,6 +114,11 @@ class Store:
         return problems
 
     @property
+    def locks(self) -> Path:
+        """Where the locks of what is being made are."""
+        return self.root / ".locks"
+
+    @property
     def work(self) -> Path:
         """The store's own work area, made when asked for."""
         return self._made(self.root / ".work")
@@ -128,16 +133,23 @@ class Store:
         return DigestCache(self.root / ".cache" / "digests.json")
 
     @contextmanager
-    def lock(self, key: str, label: str) -> Iterator[None]:
+    def lock(
+        self, key: str, label: str, on_wait: Callable[[str], None] | None = None
+    ) -> Iterator[None]:
         """Keep other processes from making `key` meanwhile.
 
+        Args:
+            key: of the artifact.
+            label: what is being made.
+            on_wait: told once which process is waited for; None does not wait.
+
         Raises:
-            StageFailedError: another process is making it.
+            StageFailedError: another process is making it, and there is no waiting.
             ConfigError: the store can't be written.
         """
-        file = self._made(self.root / ".locks") / f"{key[:_KEY_LENGTH]}.lock"
+        file = self._made(self.locks) / f"{key[:_KEY_LENGTH]}.lock"
         with disk_errors(self.root, "taking a lock"):
-            release = locks.take(file, label)
+            release = locks.acquire(file, label, on_wait)
         try:
             yield
         finally:

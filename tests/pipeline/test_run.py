@@ -10,6 +10,7 @@ from dbllm_cli.errors import (
     ArtifactMissingError,
     ConfigError,
     StageFailedError,
+    StoppedError,
 )
 from dbllm_cli.pipeline.file import Pipeline
 from dbllm_cli.pipeline.run import Outcome, run_pipeline, run_stage
@@ -40,7 +41,7 @@ def gather(stages: dict[str, AnyStage], store: Store, model: Artifact) -> Run:
 
 
 def run(pipeline: Pipeline, store: Store, **options: Any) -> list[Outcome]:
-    return run_pipeline(pipeline, store, progress=SilentProgress(), **options)
+    return run_pipeline(pipeline, store, progress=SilentProgress(), **options).outcomes
 
 
 class Notes(SilentProgress):
@@ -145,7 +146,7 @@ def test_a_stage_being_made_elsewhere_fails_at_once(
         store.lock(key, "gather"),
         pytest.raises(StageFailedError, match="held by another run: process"),
     ):
-        gather(force=True)
+        gather(force=True, wait=False)
 
 
 def test_damage_is_told_and_force_makes_it_anew(gather: Run, store: Store, ran: list[str]) -> None:
@@ -247,14 +248,14 @@ def test_an_interrupted_pipeline_goes_on_where_it_was(
     assert ran == ["train", "measure", "measure", "bind", "clock"]
 
 
-def test_a_second_run_of_a_pipeline_fails_at_once_and_one_of_other_settings_goes_on(
+def test_a_second_run_fails_at_the_step_that_is_being_made_where_it_may_not_wait(
     load: Load, store: Store, ran: list[str], set_body: SetBody
 ) -> None:
     def body(config: Any, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
         if config.steps == 40:
-            held = r"pipeline .*pipeline\.yaml is held by another run"
+            held = r"train \(fdb-.*\) is held by another run"
             with pytest.raises(StageFailedError, match=held):
-                run(load(), store)
+                run(load(), store, wait=False)
             run(load("", "", "train.steps=50"), store)
         ran.append(f"train {config.steps}")
         return {}
@@ -262,6 +263,32 @@ def test_a_second_run_of_a_pipeline_fails_at_once_and_one_of_other_settings_goes
     set_body("train", body)
     run(load(), store)
     assert [name for name in ran if name.startswith("train")] == ["train 50", "train 40"]
+
+
+def test_after_a_failure_steps_that_don_t_need_it_go_on_where_they_may(
+    load: Load, store: Store, ran: list[str], set_body: SetBody
+) -> None:
+    def body(config: Any, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+        raise StageFailedError("the loss is nan", "lower the rate")
+
+    set_body("train", body)
+    ended = run_pipeline(load(), store, progress=SilentProgress(), keep_going=True)
+    assert [failure.step for failure in ended.failures] == ["train"]
+    assert [outcome.step for outcome in ended.outcomes] == ["gather", "start", "teacher"]
+    assert ended.left_out == ["measure", "bind", "clock"]
+    with pytest.raises(StageFailedError, match="the loss is nan"):
+        run_pipeline(load(), store, progress=SilentProgress())
+
+
+def test_sigterm_stops_a_run_that_keeps_going(
+    load: Load, store: Store, ran: list[str], set_body: SetBody
+) -> None:
+    def body(config: Any, inputs: Mapping[str, Artifact], ctx: Context) -> Metrics:
+        raise StoppedError("stopped by SIGTERM")
+
+    set_body("train", body)
+    with pytest.raises(StoppedError):
+        run_pipeline(load(), store, progress=SilentProgress(), keep_going=True)
 
 
 def test_after_a_forced_step_the_way_to_go_on_is_told(

@@ -131,7 +131,7 @@ def _show_outcomes(
             outcome.step,
             "made" if outcome.ran else "up to date",
             seconds_text(outcome.seconds),
-            f"{outcome.artifact.manifest['provenance']['peak_memory_mib']:.0f} MiB",
+            f"{outcome.artifact.record.provenance.peak_memory_mib:.0f} MiB",
             outcome.artifact.path,
             _figures(outcome.metrics),
         )

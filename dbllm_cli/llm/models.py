@@ -24,7 +24,7 @@ from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigE
 from dbllm_cli.llm.decoder_blocks import leave_block_kernels
 from dbllm_cli.llm.quantizer import NewerFormatError, register
 from dbllm_cli.store import Artifact, new_staging
-from dbllm_cli.store.disk import put
+from dbllm_cli.store.disk import rename_durably
 from dbllm_cli.tensors import ShardWriter, TensorFolder
 
 Model: TypeAlias = PreTrainedModel
@@ -71,7 +71,7 @@ def model_folder(model: Artifact, work: Path, trust_remote_code: bool = False) -
 
 def _publish(staging: Path, imported: Path) -> None:
     try:
-        put(staging, imported)
+        rename_durably(staging, imported)
     except OSError:
         # Another run may have imported it meanwhile: the same files, so either copy serves.
         if not imported.is_dir():
@@ -170,11 +170,12 @@ def load_model(
 
     Raises:
         ConfigError: transformers does not know the architecture.
-        ArtifactCorruptError: the folder lacks a tensor of the model.
+        ArtifactCorruptError: a file is damaged, or the folder lacks a tensor of the model.
     """
     register()
     require_device(device)
     load_config(folder, trust_remote_code)
+    TensorFolder(folder).check()
     with _quiet():
         model = _from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     moved: Any = model.to(device)  # type: ignore[arg-type]

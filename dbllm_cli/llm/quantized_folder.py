@@ -6,7 +6,6 @@ float16 `[2, out, groups]`, of tied levels `[1, out, groups]`, with an offset co
 own name.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from dbllm_cli.llm.quantizer import (
     DbllmConfig,
     NewerFormatError,
 )
+from dbllm_cli.store.json_file import read_json_object
 from dbllm_cli.tensors import ShardWriter, TensorFolder
 
 LATENTS = "latents"
@@ -55,7 +55,7 @@ class PackedFolder:
             config = DbllmConfig(**settings)
         except NewerFormatError as error:
             raise ArtifactMissingError(f"{folder}: {error}", "upgrade dbllm") from error
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ArtifactCorruptError(f"{folder}: {error}", "make the artifact again") from error
         self.group_size = config.group_size
         self.levels: LevelKind = config.levels or "plain"
@@ -65,8 +65,12 @@ class PackedFolder:
     @property
     def dtype(self) -> torch.dtype:
         """Of the tensors that are not quantized."""
-        name = json.loads((self.folder / "config.json").read_text())["dtype"]
-        dtype: torch.dtype = getattr(torch, name)
+        name = read_json_object(self.folder / "config.json").get("dtype")
+        dtype = getattr(torch, str(name), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ArtifactCorruptError(
+                f"{self.folder / 'config.json'} has the dtype {name}", "make the artifact again"
+            )
         return dtype
 
     @staticmethod
@@ -125,10 +129,8 @@ class PackedFolder:
 
 
 def _quantization_settings(folder: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text()).get(
-        "quantization_config", {}
-    )
-    return settings
+    settings = read_json_object(folder / "config.json").get("quantization_config")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _is_alpha(name: str) -> bool:

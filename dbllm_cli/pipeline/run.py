@@ -1,6 +1,5 @@
 """Running a stage or a pipeline: what is there is skipped, the rest is made under a lock."""
 
-import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,12 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dbllm_cli.configs import StageConfig
-from dbllm_cli.errors import (
-    ArtifactCorruptError,
-    ArtifactMissingError,
-    DbllmError,
-    StageFailedError,
-)
+from dbllm_cli.errors import ArtifactMissingError, DbllmError, StageFailedError
 from dbllm_cli.pipeline.file import Pipeline
 from dbllm_cli.pipeline.lineage import Lineage, lineage_of, named_files
 from dbllm_cli.pipeline.plan import gather, plan_pipeline
@@ -23,7 +17,15 @@ from dbllm_cli.pipeline.wiring import MODEL
 from dbllm_cli.progress import Progress
 from dbllm_cli.stages.context import Context, Result, members
 from dbllm_cli.stages.spec import AnyStage
-from dbllm_cli.store import Artifact, Store, canonical_json, digest_of, lineage_key, resolve_model
+from dbllm_cli.store import (
+    Artifact,
+    Store,
+    canonical_json,
+    digest_of,
+    lineage_key,
+    read_object,
+    resolve_model,
+)
 from dbllm_cli.store.disk import disk_errors, disk_full_error, is_disk_full
 
 METRICS = "metrics.json"
@@ -90,7 +92,7 @@ def run_stage(
 
     Raises:
         ArtifactMissingError: an input is missing or of the wrong kind.
-        ArtifactCorruptError: the stored artifact is damaged.
+        ArtifactCorruptError: the stored artifact or an input is damaged.
         ConfigError: a setting doesn't fit the inputs, a file that the settings name is missing, or
             the store can't be written.
         StageFailedError: another run makes the same, or the disk or the memory ran out.
@@ -202,6 +204,7 @@ def _check_inputs(spec: AnyStage, inputs: Mapping[str, Artifact]) -> None:
 
 def _make(making: _Making, lineage: Lineage) -> Outcome:
     store, key = making.store, lineage_key(lineage)
+    store.require_whole(making.inputs.values(), making.progress)
     recorder = Recorder(making.device)
     scratch = store.scratch(key)
     staging = store.staging()
@@ -244,15 +247,8 @@ def _metrics_text(step: str, metrics: dict[str, Any]) -> str:
 
 
 def _outcome(step: str, artifact: Artifact, *, ran: bool) -> Outcome:
-    try:
-        metrics = json.loads((artifact.path / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactCorruptError(
-            f"artifact {artifact.path} is damaged: its {METRICS} can't be read: {error}",
-            f"see all of the damage with `dbllm verify {artifact.path}`",
-        ) from error
-    seconds = float(artifact.manifest["provenance"].get("seconds", 0.0))
-    return Outcome(step, artifact, ran, seconds, metrics)
+    metrics = read_object(artifact, METRICS)
+    return Outcome(step, artifact, ran, artifact.record.provenance.seconds, metrics)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """pack: planes and scales as a model folder that loads where people are, or a plain dense one."""
 
-import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from dbllm_cli.configs import PackConfig
 from dbllm_cli.formats import Format, open_format
@@ -13,8 +13,8 @@ from dbllm_cli.records.card import model_card
 from dbllm_cli.records.metrics import PackMetrics
 from dbllm_cli.stages.context import Context, Result, members
 from dbllm_cli.stages.spec import PACK, implements
-from dbllm_cli.store import Artifact
-from dbllm_cli.store.json_file import write_json
+from dbllm_cli.store import Artifact, read_object
+from dbllm_cli.store.json_file import read_json_object, write_json
 from dbllm_cli.tensors import ShardWriter
 
 
@@ -32,8 +32,8 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Res
     copy_other_files(student.folder, ctx.out)
     total = _write_tensors(chosen, student, config.shard_size * 1e9, ctx)
     path = ctx.out / "config.json"
-    write_json(path, chosen.config(json.loads(path.read_text())))
-    weights, bits = _quantized_size(student)
+    write_json(path, chosen.config(read_json_object(path)))
+    weights, bits = _quantized_size(read_object(fdb, LAYER_REPORT))
     metrics: PackMetrics = {
         "format": config.format,
         "embeddings": config.embeddings,
@@ -61,9 +61,8 @@ def _write_tensors(chosen: Format, student: PackedFolder, shard_bytes: float, ct
     return total
 
 
-def _quantized_size(student: PackedFolder) -> tuple[int, float]:
+def _quantized_size(report: Mapping[str, Any]) -> tuple[int, float]:
     """The quantized weights, and bits of each with planes and scales."""
-    report = json.loads((student.folder / LAYER_REPORT).read_text()).values()
-    weights = sum(int(layer["weights"]) for layer in report)
-    bits = math.fsum(layer["weights"] * layer["bits_per_weight"] for layer in report)
+    weights = sum(int(layer["weights"]) for layer in report.values())
+    bits = math.fsum(layer["weights"] * layer["bits_per_weight"] for layer in report.values())
     return weights, round(bits / weights, 6)

@@ -279,21 +279,3 @@ def test_a_model_whose_file_is_no_plain_file_is_damaged(
     make(model / name)
     with pytest.raises(ArtifactCorruptError, match=f"{name} is not a plain file"):
         resolve_input(str(model), ("model", "fdb", "packed"), store)
-
-
-@pytest.mark.parametrize(
-    "reference", ["", "a" * 5000, "a" * 5000 + "/b", "a\0b", "a\ud800b", "~x/y"]
-)
-def test_a_name_that_no_system_holds_is_a_name_of_nothing(reference: str, store: Store) -> None:
-    calls: list[Callable[[], object]] = [
-        lambda: resolve_model(reference, None, store),
-        lambda: resolve_input(reference, ("model", "fdb", "packed"), store),
-        lambda: resolve_input(reference, ("fdb",), store),
-        lambda: store.open(reference),
-    ]
-    for call in calls:
-        with pytest.raises(ArtifactMissingError) as caught:
-            call()
-        assert caught.value.message.encode()
-        assert len(caught.value.message) < 400
-        assert caught.value.hint

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, first_line
 from dbllm_cli.llm.decoder_blocks import leave_block_kernels
-from dbllm_cli.llm.quantizer import NewerFormatError, register
+from dbllm_cli.llm.quantizer import NewerFormatError, packed_settings, register
 from dbllm_cli.store import Artifact, new_staging
 from dbllm_cli.store.disk import rename_durably
 from dbllm_cli.tensors import ShardWriter, TensorFolder
@@ -175,6 +175,7 @@ def load_model(
     register()
     require_device(device)
     load_config(folder, trust_remote_code)
+    packed_settings(folder)
     TensorFolder(folder).check()
     with _quiet():
         model = _from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)

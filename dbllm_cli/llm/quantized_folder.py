@@ -14,17 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
+from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix, latent_start
 from dbllm_cli.fdb.scales import LevelKind, expand_scales, stored_scales
 from dbllm_cli.llm.models import copy_other_files
-from dbllm_cli.llm.quantizer import (
-    FORMAT_VERSION,
-    NEWEST_FORMAT,
-    DbllmConfig,
-    NewerFormatError,
-)
+from dbllm_cli.llm.quantizer import FORMAT_VERSION, NEWEST_FORMAT, packed_settings
 from dbllm_cli.store.json_file import read_json_object
 from dbllm_cli.tensors import ShardWriter, TensorFolder
 
@@ -45,18 +40,12 @@ class PackedFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors = TensorFolder(folder)
-        settings = _quantization_settings(folder)
-        if settings.get("quant_method") != "dbllm":
+        config = packed_settings(folder)
+        if config is None:
             raise ArtifactCorruptError(
                 f"{folder / 'config.json'} has no quantization_config of dbllm",
                 "make the artifact again: dbllm init-fdb",
             )
-        try:
-            config = DbllmConfig(**settings)
-        except NewerFormatError as error:
-            raise ArtifactMissingError(f"{folder}: {error}", "upgrade dbllm") from error
-        except (ValueError, TypeError) as error:
-            raise ArtifactCorruptError(f"{folder}: {error}", "make the artifact again") from error
         self.group_size = config.group_size
         self.levels: LevelKind = config.levels or "plain"
         has_latents = any(folder.glob(f"{LATENTS}*.safetensors"))
@@ -76,7 +65,7 @@ class PackedFolder:
     @staticmethod
     def is_one(folder: Path) -> bool:
         """Whether a folder holds planes and scales, not a dense export."""
-        return _quantization_settings(folder).get("quant_method") == "dbllm"
+        return packed_settings(folder) is not None
 
     def layer_names(self) -> list[str]:
         """Names of the quantized layers, sorted."""
@@ -126,11 +115,6 @@ class PackedFolder:
             layer = name.rpartition(".")[0]
             if not (layer in quantized and name.removeprefix(layer) in _LAYER_TENSORS):
                 yield name, tensor
-
-
-def _quantization_settings(folder: Path) -> dict[str, Any]:
-    settings = read_json_object(folder / "config.json").get("quantization_config")
-    return settings if isinstance(settings, dict) else {}
 
 
 def _is_alpha(name: str) -> bool:

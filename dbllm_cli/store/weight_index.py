@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.store.json_file import COPY_AGAIN, read_json
@@ -40,4 +40,4 @@ def _plain_name(name: str) -> str:
 class _Index(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
-    weight_map: dict[str, Annotated[str, AfterValidator(_plain_name)]]
+    weight_map: dict[str, Annotated[str, AfterValidator(_plain_name)]] = Field(min_length=1)

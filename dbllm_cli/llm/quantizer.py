@@ -54,12 +54,12 @@ class DbllmConfig(QuantizationConfigMixin):
         **kwargs: Any,
     ) -> None:
         del kwargs
-        if type(group_size) is not int or group_size < 8 or group_size % 8:
+        if not _is_count(group_size) or group_size % 8:
             raise ValueError(f"group_size {group_size!r} is no multiple of 8")
         kept = modules_to_not_convert or []
-        if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        if not _are_names(kept):
             raise ValueError("modules_to_not_convert is no list of names")
-        if type(format_version) is not int or format_version < 1:
+        if not _is_count(format_version):
             raise ValueError(f"packed format {format_version!r} is not known here")
         if embedding_bits not in (None, 8):
             raise ValueError(f"embeddings in {embedding_bits} bits are not known here: 8 or none")
@@ -82,6 +82,14 @@ class DbllmConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it: without what is not set."""
         return {key: value for key, value in super().to_dict().items() if value is not None}
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def packed_settings(folder: Path) -> DbllmConfig | None:

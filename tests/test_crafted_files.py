@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from dbllm_cli.__main__ import run
 from dbllm_cli.store import Artifact, digest_of, file_sha256
@@ -221,5 +220,16 @@ def test_altered_settings_of_a_packed_model_are_told(
     own = config["quantization_config"]
     config["quantization_config"] = altered(own, np.random.default_rng(seed))
     (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
+    dbllm("generate", str(folder), "--prompt", "a", "--max-new-tokens", "1")
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_altered_settings_of_a_model_are_told(
+    dbllm: Crafted, llama_folder: Path, tmp_path: Path, seed: int
+) -> None:
+    folder = shutil.copytree(llama_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    crafted = altered(config, np.random.default_rng(seed))
+    (folder / "config.json").write_text(json.dumps(crafted))
+    dbllm("init-fdb", str(folder))
     dbllm("generate", str(folder), "--prompt", "a", "--max-new-tokens", "1")

@@ -134,7 +134,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # transformers, its checks and code of models raise their own
         raise ConfigError(
             f"transformers can't read {folder / 'config.json'}: {first_line(error)}",
             "check model_type; for code that comes with the model add --trust-remote-code",
@@ -146,7 +146,7 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
     """The model with its parameters on the meta device and its buffers real, in eval mode.
 
     Raises:
-        ConfigError: the architecture is no causal language model.
+        ConfigError: the architecture is no causal language model, or its settings make none.
     """
     try:
         with init_empty_weights(include_buffers=False):
@@ -157,6 +157,12 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
         raise ConfigError(
             f"{config.model_type} is not a causal language model: {first_line(error)}",
             "dbllm quantizes decoder-only transformers models",
+        ) from error
+    except Exception as error:  # whatever a model's code runs into
+        raise ConfigError(
+            f"transformers makes no model of these settings of {config.model_type}: "
+            f"{type(error).__name__}: {first_line(error)}",
+            "compare config.json with that of the model's release",
         ) from error
     model.tie_weights()
     model.eval()
@@ -192,6 +198,13 @@ def _from_pretrained(source: Path, **options: Any) -> PreTrainedModel:
         )
     except NewerFormatError as error:
         raise ArtifactMissingError(f"{source}: {error}", "upgrade dbllm") from error
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise ArtifactCorruptError(
+            f"the tensors of {source} are not of the sizes that its config.json tells",
+            "download or export the model again",
+        ) from error
     model: PreTrainedModel = loaded[0]
     # transformers fills what is missing with random values and goes on.
     missing = sorted(loaded[1]["missing_keys"])

@@ -157,4 +157,4 @@ def _write_files(folder: Path, out: Path, config: InitFdbConfig, kept: list[str]
     copy_other_files(folder, out)
     own = read_json_object(folder / "config.json")
     settings = quantized_config(own, config.group_size, kept, config.dtype, config.levels)
-    write_json(out / "config.json", settings)
+    write_json(out / "config.json", settings, finite=False)

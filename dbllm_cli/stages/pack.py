@@ -32,7 +32,7 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Res
     copy_other_files(student.folder, ctx.out)
     total = _write_tensors(chosen, student, config.shard_size * 1e9, ctx)
     path = ctx.out / "config.json"
-    write_json(path, chosen.config(read_json_object(path)))
+    write_json(path, chosen.config(read_json_object(path)), finite=False)
     weights, bits = _quantized_size(read_object(fdb, LAYER_REPORT))
     metrics: PackMetrics = {
         "format": config.format,

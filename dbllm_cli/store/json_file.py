@@ -17,9 +17,19 @@ _MOST_LEVELS = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def write_json(path: Path, data: object) -> None:
-    """Write JSON that is the same for the same data; NaN is refused."""
-    path.write_text(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+def write_json(path: Path, data: object, *, finite: bool = True) -> None:
+    """Write JSON that is the same for the same data.
+
+    Args:
+        path: the file.
+        data: what it shall hold.
+        finite: refuse NaN and infinity; the config.json of some models has them.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=not finite)
+    path.write_text(text + "\n")
 
 
 def read_json(path: Path, hint: str = COPY_AGAIN, most_bytes: int = _MOST_BYTES) -> Any:

@@ -5,7 +5,7 @@ import pytest
 
 from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.store import json_file
-from dbllm_cli.store.json_file import parse_json, read_json, read_json_object
+from dbllm_cli.store.json_file import parse_json, read_json, read_json_object, write_json
 
 HOSTILE = {
     "no JSON": b"{",
@@ -63,7 +63,12 @@ def test_an_object_is_told_from_other_json(tmp_path: Path) -> None:
 
 def test_infinity_is_read_where_models_have_it_and_refused_where_we_write(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
-    assert read_json(tmp_path / "config.json") == {"time_step_limit": [0.0, float("inf")]}
+    config = read_json(tmp_path / "config.json")
+    assert config == {"time_step_limit": [0.0, float("inf")]}
+    write_json(tmp_path / "copy.json", config, finite=False)
+    assert read_json(tmp_path / "copy.json") == config
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "metrics.json", config)
     for text in (b"[Infinity]", b"NaN", b"1e999"):
         with pytest.raises(ValueError, match="not finite"):
             parse_json(text)

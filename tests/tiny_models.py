@@ -127,7 +127,7 @@ def planes_of(weight: torch.Tensor, in_features: int) -> torch.Tensor:
 def levels_of(tensors: Mapping[str, torch.Tensor], layer: str) -> torch.Tensor:
     """Values of the codes 00, 01, 10 and 11, b1 first, of every group, float32 `[4, out, groups]`.
 
-    Read from plain or tied scales, or from codes of centre, outer and inner: see `fdb.scale_codes`.
+    Read from plain or tied scales, or from codes of centre, outer and inner: `fdb.schemes._codes`.
     """
     alpha = tensors[f"{layer}.alpha"]
     if alpha.dtype == torch.float16:

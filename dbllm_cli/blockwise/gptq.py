@@ -28,7 +28,6 @@ from dbllm_cli.blockwise.streams import (
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.compensation import Compensated, quantize_compensated
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.progress import Progress
 from dbllm_cli.tensors import require_finite
@@ -41,13 +40,13 @@ class GptqOptions:
 
     Attributes:
         group_size: inputs that share their scales.
-        levels: plain or offset.
+        levels: the scheme of levels.
         batch_size: sequences run at once.
         keep_latents: keep the compensated weights, for reconstruct to go on from.
     """
 
     group_size: int
-    levels: LevelKind
+    levels: str
     batch_size: int
     keep_latents: bool
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from dbllm_cli.blockwise.block_error import relative_token_error
 from dbllm_cli.blockwise.streamed_model import StreamedModel
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.records.checkpoints import keep_tensors, last_checkpoint, save_checkpoint
 from dbllm_cli.tensors import TensorFolder
@@ -118,7 +117,7 @@ def keep_layers(
 
 
 def finished_layers(
-    model: StreamedModel, scratch: Path, group_size: int, levels: LevelKind
+    model: StreamedModel, scratch: Path, group_size: int, levels: str
 ) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
     """Full name, planes and scales, and latent weights or None, of every layer that was kept."""
     for index in range(len(model.blocks)):

@@ -13,12 +13,14 @@ from dbllm_cli.configs.base import (
     TextConfig,
 )
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.registry import described, registered
+from dbllm_cli.registry import declared, described, registered
 
 if TYPE_CHECKING:
     FormatName = str
+    SchemeName = str
 else:
     FormatName = Literal[tuple(registered("formats"))]
+    SchemeName = Literal[tuple(registered("fdb/schemes"))]
 
 
 class CalibrateConfig(TextConfig):
@@ -61,11 +63,7 @@ class InitFdbConfig(StageConfig):
         "layer by layer; mse: best step per group; paper: max|w|/2",
     )
     group_size: int = Field(64, gt=0, multiple_of=8, description="inputs that share their scales")
-    levels: Literal["offset", "plain", "tied"] = Field(
-        "offset",
-        description="of a group: offset: moved by a third number, all in 16 bits; plain: the "
-        "paper's, two float16 scales; tied: one, -d, 0, d, 2d as GGUF's Q2_0 has them",
-    )
+    levels: SchemeName = Field("offset", description=f"of a group: {described('fdb/schemes')}")
     include: tuple[str, ...] = Field(
         ("*",), description="shell wildcards on module names: linear layers to quantize"
     )
@@ -86,10 +84,13 @@ class InitFdbConfig(StageConfig):
 
     @model_validator(mode="after")
     def _method_finds_levels(self) -> "InitFdbConfig":
-        if self.levels == "tied" and self.method == "gptq":
-            raise ValueError("method gptq has no tied levels: use als, or other levels")
-        if self.levels == "offset" and self.method in ("paper", "mse"):
-            raise ValueError(f"method {self.method} finds no offset: set levels to plain or tied")
+        methods = declared("fdb/schemes", "METHODS")
+        if self.method not in methods[self.levels]:
+            finding = ", ".join(name for name, each in methods.items() if self.method in each)
+            raise ValueError(
+                f"method {self.method} finds no {self.levels} levels: set levels to one of "
+                f"{finding}, or method to one of {', '.join(methods[self.levels])}"
+            )
         return self
 
     def require_inputs(self, given: Collection[str]) -> None:

@@ -16,7 +16,7 @@ from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.groups import group_count, to_groups
 from dbllm_cli.fdb.levels import assign_planes
 from dbllm_cli.fdb.quantized import QuantizedMatrix, latent_start
-from dbllm_cli.fdb.scales import LevelKind, project_scales, round_scales
+from dbllm_cli.fdb.schemes import open_scheme
 from dbllm_cli.kernels import pack_planes
 
 _DAMPING = 0.01
@@ -40,7 +40,7 @@ class Compensated(NamedTuple):
 
 
 def quantize_compensated(
-    matrix: Tensor, gram: Tensor, group_size: int, levels: LevelKind = "plain"
+    matrix: Tensor, gram: Tensor, group_size: int, levels: str = "plain"
 ) -> Compensated:
     """Planes and scales of a layer, chosen for the error of its output.
 
@@ -48,7 +48,7 @@ def quantize_compensated(
         matrix: weights, float32 `[out, in]`.
         gram: XᵀX over the calibration, tokens weighted, float32 `[in, in]`.
         group_size: inputs that share their scales.
-        levels: plain or offset.
+        levels: the scheme of levels.
 
     Raises:
         StageFailedError: a scale is not finite in float16, or XᵀX has no inverse.
@@ -84,7 +84,7 @@ def _inverse_root(gram: Tensor) -> Tensor:
 
 
 def _round_columns(
-    matrix: Tensor, root: Tensor, group_size: int, levels: LevelKind
+    matrix: Tensor, root: Tensor, group_size: int, levels: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Planes, bool `[2, out, in]`, scales `[2 or 3, out, groups]`, and what was rounded."""
     rest = matrix.clone()
@@ -129,7 +129,7 @@ def _refit_scales(
     planes: Tensor,
     alpha: Tensor,
     group_size: int,
-    levels: LevelKind,
+    levels: str,
 ) -> Tensor:
     """Scales with the least output error for given planes: one system for all groups of a row.
 
@@ -141,7 +141,7 @@ def _refit_scales(
         planes: bool `[2, out, in]`.
         alpha: `[2 or 3, out, groups]`.
         group_size: inputs that share their scales.
-        levels: plain or offset.
+        levels: the scheme of levels.
 
     Returns:
         float16 `[2 or 3, out, groups]`, rounded to what is stored.
@@ -159,9 +159,7 @@ def _refit_scales(
     return torch.cat(refitted, dim=1)
 
 
-def _refit_rows(
-    matrix: Tensor, planes: Tensor, alpha: Tensor, gram: Tensor, levels: LevelKind
-) -> Tensor:
+def _refit_rows(matrix: Tensor, planes: Tensor, alpha: Tensor, gram: Tensor, levels: str) -> Tensor:
     """As `_refit_scales`, for grouped planes `[2, out, groups, group_size]`."""
     _, rows, groups, size = planes.shape
     scales, width = len(alpha), groups * size
@@ -180,10 +178,11 @@ def _refit_rows(
     damping = (1e-6 * system.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-12)
     damped = system + damping[:, None, None] * torch.eye(unknowns, device=system.device)
     solved = torch.linalg.solve(damped, target).reshape(rows, scales, groups).transpose(0, 1)
-    found = project_scales(solved, levels)
+    scheme = open_scheme(levels)
+    found = scheme.project(solved)
     fits = found.abs().amax((0, -1)) <= torch.finfo(torch.float16).max
-    found = round_scales(torch.where(fits.unsqueeze(-1), found, alpha), levels)
-    rounded = round_scales(alpha, levels)
+    found = scheme.round(torch.where(fits.unsqueeze(-1), found, alpha))
+    rounded = scheme.round(alpha)
     errors = [_relative_output_error(system, target, each) for each in (found, rounded)]
     return torch.where((errors[0] < errors[1]).unsqueeze(-1), found, rounded)
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dbllm_cli.kernels import offset_of
+
 _LEAST_OUTER = 1e-3
 """Of the range of the levels: how far `clamp_to_cells` goes into an outer cell at least."""
 
@@ -43,9 +45,8 @@ def sorted_levels(alpha: Tensor) -> Levels:
     """
     middle = alpha[0] + alpha[1]
     levels = Levels(alpha[1], middle.clamp(max=0), middle.clamp(min=0), alpha[0])
-    if len(alpha) == 2:
-        return levels
-    return Levels(*(level + alpha[2] for level in levels))
+    offset = offset_of(alpha)
+    return levels if offset is None else Levels(*(level + offset for level in levels))
 
 
 def project_signs(alpha1: Tensor, alpha2: Tensor) -> tuple[Tensor, Tensor]:

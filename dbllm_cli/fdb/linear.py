@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix
-from dbllm_cli.fdb.scales import LevelKind, expand_scales, stored_scales
+from dbllm_cli.fdb.schemes import open_scheme
 from dbllm_cli.kernels import TILED_DTYPES, cpu_kernels, fdb_linear, fdb_linear_tiled
 
 _TILED_DEVICES = ("cpu", "meta")
@@ -26,19 +25,21 @@ def autocast_input(x: Tensor) -> Tensor:
 class FdbLinear(nn.Module):
     """`y = alpha1·(b1 x) + alpha2·(b2 x) + beta·(1 x) + bias` on packed planes.
 
-    Buffers: `weight` uint8 `[2, out, ceil(in / 8)]`, `alpha` float16 `[2 or 3, out, groups]`. The
-    scales stay float16 when the model is cast, so that a cast never changes a weight.
+    A layer is in one of three forms, each with buffers of its own, the others None:
 
-    `alpha` is read and saved as `levels` are stored (`fdb.scales.stored_scales`), with an offset
-    beside `row_exponent` int8 `[out]`. Until `expand_scales` makes float16 of it every call does.
+    - stored: planes `weight` uint8 `[2, out, ceil(in / 8)]`, and scales as the scheme of levels
+      stores them (`Scheme.parts`), `alpha` first. So it is made, read and saved.
+    - expanded: `weight`, and `scales` float16 `[2 or 3, out, groups]`, by `expand`. They stay
+      float16 when the model is cast, so that a cast never changes a weight.
+    - tiled: `tiles`, planes and scales in the layout of the compiled kernels, by `use_cpu_kernels`.
 
-    `use_cpu_kernels` replaces planes and scales by one buffer `tiles` in the layout of the compiled
-    kernels; what is saved, read or moved to another device is planes and scales again.
+    It goes from one to the next once it is known where it will run. Tiles become planes and scales
+    again on another device, and any form a stored one where a state is loaded; it is then brought
+    back to what it was.
     """
 
     weight: Tensor | None
-    alpha: Tensor | None
-    row_exponent: Tensor | None
+    scales: Tensor | None
     tiles: Tensor | None
 
     def __init__(
@@ -49,63 +50,62 @@ class FdbLinear(nn.Module):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
-        levels: LevelKind = "plain",
+        levels: str = "plain",
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.group_size = group_size
+        self.levels = levels
+        self.scheme = open_scheme(levels)
         planes = torch.empty(
             2, out_features, -(-in_features // 8), dtype=torch.uint8, device=device
         )
-        self.levels: LevelKind = levels
         self.register_buffer("weight", planes)
-        self.register_buffer("alpha", self._empty_scales(device))
-        self.register_buffer("row_exponent", self._no_exponents(device))
+        for name in self.scheme.parts(0, 0):
+            self.register_buffer(name, None)
+        self.register_buffer("scales", None, persistent=False)
         self.register_buffer("tiles", None, persistent=False)
-        self._lacking = self._stored_scales()
-        self._tile_again = False
+        self._tiled_before = False
+        self._unread: set[str] = set()
+        self._make_stored(device)
         bias_values = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if bias_values is None else nn.Parameter(bias_values)
+
+    # -- the forms ---------------------------------------------------------------------------------
 
     @property
     def quantized(self) -> QuantizedMatrix:
         """The layer's planes and scales."""
-        weight, alpha = self._planes()
-        return QuantizedMatrix(weight, alpha, self.in_features, self.group_size, self.levels)
+        weight, scales = self._planes()
+        return QuantizedMatrix(weight, scales, self.in_features, self.group_size, self.levels)
 
-    def _empty_scales(self, device: torch.device | str | None) -> Tensor:
-        """A place for scales as they are stored."""
-        groups = group_count(self.in_features, self.group_size)
-        numbers = 2 if self.levels == "plain" else 1
-        dtype = torch.uint16 if self.levels == "offset" else torch.float16
-        return torch.empty(numbers, self.out_features, groups, dtype=dtype, device=device)
-
-    def _no_exponents(self, device: torch.device | str | None) -> Tensor | None:
-        """A place for what the codes of the rows are in units of."""
-        coded = self.levels == "offset"
-        return torch.empty(self.out_features, dtype=torch.int8, device=device) if coded else None
-
-    def expand_scales(self) -> None:
+    def expand(self) -> None:
         """Make float16 of stored scales, once instead of at every call."""
+        stored = self._stored()
         # Offloaded buffers come back as they are stored.
-        if self.tiles is None and self.alpha is not None and not self.alpha.is_meta:
-            _, self.alpha = self._planes()
-            self.row_exponent = None
-            self._lacking = set()
+        if stored and not any(part.is_meta for part in stored.values()):
+            self._set_stored({})
+            self.scales = self.scheme.expand(stored)
 
     def use_cpu_kernels(self) -> None:
         """Lay planes and scales out for the compiled kernels, where there are any for the layer."""
         kernels = cpu_kernels()
         if kernels is None or self.weight is None or not kernels.fits(self.group_size):
             return
-        weight, alpha = self._planes()
+        weight, scales = self._planes()
         if weight.device.type == "cpu":
-            self.tiles = kernels.to_tiles(weight, alpha, self.in_features, self.group_size)
-            self.weight = self.alpha = self.row_exponent = None
-            self._lacking, self._tile_again = set(), False
+            self.tiles = kernels.to_tiles(weight, scales, self.in_features, self.group_size)
+            self.weight = self.scales = None
+            self._set_stored({})
+            self._tiled_before = False
+
+    def _leave_cpu_kernels(self) -> None:
+        self.weight, self.scales = self._planes()
+        self.tiles = None
 
     def _planes(self) -> tuple[Tensor, Tensor]:
+        """Planes and float16 scales, whatever the form."""
         if self.tiles is not None:
             kernels = cpu_kernels()
             assert kernels is not None
@@ -113,12 +113,27 @@ class FdbLinear(nn.Module):
                 self.tiles, self.in_features, self.out_features, self.group_size
             )
         assert self.weight is not None
-        assert self.alpha is not None
-        return self.weight, expand_scales(self.alpha, self.row_exponent)
+        if self.scales is not None:
+            return self.weight, self.scales
+        return self.weight, self.scheme.expand(self._stored())
 
-    def _leave_cpu_kernels(self) -> None:
-        self.weight, self.alpha = self._planes()
-        self.tiles = None
+    def _stored(self) -> dict[str, Tensor]:
+        """The stored scales by name; none in the other forms."""
+        parts = {name: getattr(self, name) for name in self.scheme.parts(0, 0)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _set_stored(self, stored: dict[str, Tensor]) -> None:
+        for name in self.scheme.parts(0, 0):
+            setattr(self, name, stored.get(name))
+
+    def _make_stored(self, device: torch.device | str | None) -> None:
+        """Make places for scales as they are stored, to be read."""
+        shape = self.in_features, self.out_features
+        self._set_stored(self.scheme.empty_stored(shape, self.group_size, device))
+        self.scales = None
+        self._unread = set(self.scheme.parts(0, 0))
+
+    # -- the product -------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` to `[..., out]`, in x's dtype, or autocast's where that is on."""
@@ -128,59 +143,51 @@ class FdbLinear(nn.Module):
             bias = bias.to(x.dtype)  # type: ignore[assignment]
         # Accelerate moves buffers without asking the module.
         if tiles is None or tiles.device.type not in _TILED_DEVICES or x.dtype not in TILED_DTYPES:
-            weight, alpha = (part.to(x.device) for part in self._planes())
-            product: Tensor = fdb_linear(x, weight, alpha, bias, self.group_size)
+            weight, scales = (part.to(x.device) for part in self._planes())
+            product: Tensor = fdb_linear(x, weight, scales, bias, self.group_size)
             return product
         result = fdb_linear_tiled(x, tiles, self.in_features, self.out_features, self.group_size)
         return result if bias is None else result + bias
 
+    # -- casts, moves, states ----------------------------------------------------------------------
+
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         if self.tiles is not None and fn(self.tiles[:0]).device.type != "cpu":
             self._leave_cpu_kernels()
-        before = self.alpha
+        before = {"scales": self.scales, **self._stored()}
         super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
-        if before is not None and self.alpha is not None and self.alpha.dtype != before.dtype:
-            self.alpha = before.to(self.alpha.device)
+        for name, held in before.items():
+            moved = getattr(self, name)
+            if held is not None and moved.dtype != held.dtype:
+                setattr(self, name, held.to(moved.device))
         return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Tensor], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight, alpha = self._planes()
-        destination[f"{prefix}weight"] = weight
-        destination[f"{prefix}alpha"], exponents = stored_scales(alpha, self.levels)
-        if exponents is not None:
-            destination[f"{prefix}row_exponent"] = exponents
+        if self._stored():
+            return
+        weight, scales = self._planes()
+        state = {"weight": weight} | self.scheme.store(scales)
+        destination.update({f"{prefix}{name}": tensor for name, tensor in state.items()})
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        parts = {"weight", *self._stored_scales()}
-        given = {part for part in parts if f"{prefix}{part}" in state_dict}
-        if given and self.tiles is not None:
+        scales = {name for name in self.scheme.parts(0, 0) if f"{prefix}{name}" in state_dict}
+        if self.tiles is not None and (scales or f"{prefix}weight" in state_dict):
             self._leave_cpu_kernels()
-            self._tile_again = True
-        if given - {"weight"}:
-            self._take_stored_scales()
+            self._tiled_before = True
+        if scales and self.scales is not None:
+            self._make_stored(self.scales.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # Codes and exponents may come in two calls, from two shards.
-        self._lacking -= given
-        if not self._lacking:
-            self.expand_scales()
-            if self._tile_again:
+        # The scales may come in two calls, from two shards.
+        self._unread -= scales
+        if not self._unread:
+            self.expand()
+            if self._tiled_before:
                 self.use_cpu_kernels()
-
-    def _stored_scales(self) -> set[str]:
-        return {"alpha", "row_exponent"} if self.levels == "offset" else {"alpha"}
-
-    def _take_stored_scales(self) -> None:
-        """Make places for scales as they are stored, where they are expanded now."""
-        if not self._lacking:
-            assert self.alpha is not None
-            device = self.alpha.device
-            self.alpha, self.row_exponent = self._empty_scales(device), self._no_exponents(device)
-            self._lacking = self._stored_scales()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -194,4 +201,4 @@ class FdbLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         shape = f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
-        return shape if self.levels == "plain" else f"{shape}, {self.levels} levels"
+        return f"{shape}, {self.levels} levels"

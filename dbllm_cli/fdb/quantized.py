@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dbllm_cli.fdb.groups import from_groups, to_groups
 from dbllm_cli.fdb.levels import assign_planes, clamp_to_cells
-from dbllm_cli.fdb.scales import LevelKind, round_scales, stored_scale_bits
+from dbllm_cli.fdb.schemes import Scheme, open_scheme
 from dbllm_cli.kernels import dequantize, pack_planes, unpack_planes
 
 
@@ -22,14 +22,19 @@ class QuantizedMatrix:
             `[2 or 3, out, groups]`.
         in_features: inputs of the layer.
         group_size: inputs that share their scales.
-        levels: which scales a group may have (`fdb.scales`).
+        levels: its scheme of levels (`fdb.schemes`).
     """
 
     weight: Tensor
     alpha: Tensor
     in_features: int
     group_size: int
-    levels: LevelKind = "plain"
+    levels: str = "plain"
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of its levels."""
+        return open_scheme(self.levels)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized matrix `[out, in]`."""
@@ -82,12 +87,11 @@ def count_planes(quantized: QuantizedMatrix) -> PlaneCounts:
 
 def stored_bits(quantized: QuantizedMatrix) -> int:
     """Bits of a layer as stored: planes, rows padded to whole bytes, and scales."""
-    scales = stored_scale_bits(quantized.alpha, quantized.levels)
-    return quantized.weight.numel() * 8 + scales
+    return quantized.weight.numel() * 8 + quantized.scheme.stored_bits(quantized.alpha)
 
 
 def quantize_matrix(
-    matrix: Tensor, alpha: Tensor, group_size: int, levels: LevelKind = "plain"
+    matrix: Tensor, alpha: Tensor, group_size: int, levels: str = "plain"
 ) -> QuantizedMatrix:
     """Round the scales to what is stored, then derive the planes once from the rounded scales.
 
@@ -95,12 +99,12 @@ def quantize_matrix(
         matrix: weights or latent weights `[out, in]`.
         alpha: scales `[2 or 3, out, groups]`.
         group_size: inputs that share their scales.
-        levels: which scales a group may have.
+        levels: the scheme of levels.
 
     Raises:
         StageFailedError: a scale is not finite in float16.
     """
-    rounded = round_scales(alpha, levels)
+    rounded = open_scheme(levels).round(alpha)
     packed = pack_cells(matrix, rounded, group_size)
     return QuantizedMatrix(packed, rounded, matrix.shape[-1], group_size, levels)
 

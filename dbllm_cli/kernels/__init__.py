@@ -9,7 +9,7 @@ from dbllm_cli.kernels.latents import can_round_latents, latent_gradients, laten
 from dbllm_cli.kernels.operator import fdb_linear, fdb_linear_tiled, has_gpu_kernel
 from dbllm_cli.kernels.packing import pack_planes, unpack_planes
 from dbllm_cli.kernels.planes import can_scale_planes, plane_gradients, plane_levels
-from dbllm_cli.kernels.reference import dequantize, levels_of
+from dbllm_cli.kernels.reference import dequantize, levels_of, offset_of
 from dbllm_cli.machine.cpu_library import REFERENCE
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "latent_gradients",
     "latent_levels",
     "levels_of",
+    "offset_of",
     "pack_planes",
     "plane_gradients",
     "plane_levels",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dbllm_cli.errors import ConfigError
+from dbllm_cli.kernels.reference import offset_of
 from dbllm_cli.machine.cpu_library import INSTRUCTION_SETS, REFERENCE, VARIABLE, library_path
 
 TILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,7 +110,8 @@ class CpuKernels:
         shape = (in_features, weight.shape[1], group_size)
         tiles = torch.zeros(self.tiles_bytes(*shape), dtype=torch.uint8, device="cpu")
         self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 1)
-        return tiles if len(alpha) == 2 else torch.cat((tiles, _offset_blocks(alpha[2])))
+        offset = offset_of(alpha)
+        return tiles if offset is None else torch.cat((tiles, _offset_blocks(offset)))
 
     def from_tiles(
         self, tiles: Tensor, in_features: int, out_features: int, group_size: int

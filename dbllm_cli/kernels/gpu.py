@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dbllm_cli.kernels.reference import offset_of
+
 DECODE_ROWS = 4
 """Up to so many rows of x, no tensor cores: blocks large enough for them are too few for a GPU."""
 
@@ -86,7 +88,7 @@ def fdb_linear_gpu(
     groups = -(-in_features // group_size)
     for name, tensor, shape in (
         ("planes", weight, (2, out_features, -(-in_features // 8))),
-        ("scales", alpha, (3 if len(alpha) == 3 else 2, out_features, groups)),
+        ("scales", alpha, (2 if offset_of(alpha) is None else 3, out_features, groups)),
         ("a bias", bias, (out_features,)),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.device != x.device):
@@ -138,7 +140,7 @@ def _launch(
         bits=bits,
         group_words=group_size // bits,
         whole=in_features % blocks.inputs == 0,
-        offset=len(alpha) == 3,
+        offset=offset_of(alpha) is not None,
         block_rows=blocks.rows,
         block_out=blocks.outputs,
         block_words=blocks.inputs // bits,

@@ -39,9 +39,13 @@ def levels_of(grouped: Tensor, alpha: Tensor) -> Tensor:
     """
     scales = alpha.to(torch.float32).unsqueeze(-1)
     dense = torch.addcmul(grouped[0] * scales[0], grouped[1], scales[1])
-    if len(scales) == 3:
-        dense += scales[2]
-    return dense
+    offset = offset_of(scales)
+    return dense if offset is None else dense.add_(offset)
+
+
+def offset_of(scales: Tensor) -> Tensor | None:
+    """The offset beta `[...]` of scales `[2 or 3, ...]`; None where there is none."""
+    return scales[2] if len(scales) > 2 else None
 
 
 def fdb_linear_reference(

@@ -34,15 +34,8 @@ def use_block_kernels(model: PreTrainedModel) -> None:
         block = _packed_block(layer)
         if block is not None:
             decoding = _Decoding(layer, block)
-            if decoding.agrees():
+            if decoding.gives_the_same():
                 layer.forward = decoding
-
-
-def leave_block_kernels(model: nn.Module) -> None:
-    """Undo `use_block_kernels`, which keeps tensors that were moved or replaced since."""
-    for module in model.modules():
-        if isinstance(vars(module).get("forward"), _Decoding):
-            del module.forward
 
 
 class _Decoding:
@@ -148,7 +141,7 @@ class _Decoding:
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def agrees(self) -> bool:
+    def gives_the_same(self) -> bool:
         """Whether the operators give what the block's own forward does, on random numbers."""
         generator = torch.Generator().manual_seed(0)
         block, own, ours = self._block, DynamicCache(), DynamicCache()

@@ -21,8 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, first_line
-from dbllm_cli.llm.decoder_blocks import leave_block_kernels
-from dbllm_cli.llm.quantizer import NewerFormatError, packed_settings, register
+from dbllm_cli.llm.quantizer import packed_settings, register, without_cpu_kernels
 from dbllm_cli.store import Artifact, new_staging
 from dbllm_cli.store.disk import rename_durably
 from dbllm_cli.tensors import ShardWriter, TensorFolder
@@ -170,9 +169,20 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: str = "cpu", trust_remote_code: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    trains: bool = False,
 ) -> PreTrainedModel:
     """A dense, fdb or packed model folder, whole, in eval mode.
+
+    Args:
+        folder: the model's.
+        dtype: of what is not quantized.
+        device: torch device.
+        trust_remote_code: let transformers run code that comes with the model.
+        trains: leave packed layers as planes and scales, to be replaced by layers that train.
 
     Raises:
         ConfigError: transformers does not know the architecture.
@@ -183,11 +193,10 @@ def load_model(
     load_config(folder, trust_remote_code)
     packed_settings(folder)
     TensorFolder(folder).check()
-    with _quiet():
+    runs_on_cpu = torch.device(device).type == "cpu" and not trains
+    with _quiet(), contextlib.nullcontext() if runs_on_cpu else without_cpu_kernels():
         model = _from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     moved: Any = model.to(device)  # type: ignore[arg-type]
-    if torch.device(device).type != "cpu":
-        leave_block_kernels(moved)
     return moved.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
@@ -196,8 +205,6 @@ def _from_pretrained(source: Path, **options: Any) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, **options
         )
-    except NewerFormatError as error:
-        raise ArtifactMissingError(f"{source}: {error}", "upgrade dbllm") from error
     except RuntimeError as error:
         if "mismatched" not in str(error):
             raise

@@ -1,9 +1,7 @@
 """Folders of quantized models: an fdb artifact is one, with latent weights beside it.
 
-`<layer>.weight` is uint8 `[2, out, ceil(in / 8)]` and `<layer>.alpha` what `fdb.scales` stores:
-float16 `[2, out, groups]`, of tied levels `[1, out, groups]`, with an offset codes, uint16
-`[1, out, groups]`, beside `<layer>.row_exponent` int8 `[out]`. Every other tensor has the model's
-own name.
+`<layer>.weight` is uint8 `[2, out, ceil(in / 8)]`; beside it are the scales as the scheme of levels
+stores them (`fdb.schemes`), `<layer>.alpha` first. Every other tensor has the model's own name.
 """
 
 import shutil
@@ -17,17 +15,15 @@ from torch import Tensor
 from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix, latent_start
-from dbllm_cli.fdb.scales import LevelKind, expand_scales, stored_scales
+from dbllm_cli.fdb.schemes import open_scheme
 from dbllm_cli.llm.models import copy_other_files
-from dbllm_cli.llm.quantizer import FORMAT_VERSION, NEWEST_FORMAT, packed_settings
+from dbllm_cli.llm.quantizer import packed_settings
 from dbllm_cli.store.json_file import read_json_object
 from dbllm_cli.tensors import ShardWriter, TensorFolder
 
 LATENTS = "latents"
 QuantizedLayer = tuple[str, QuantizedMatrix, Tensor | None]
 """Name, planes and scales, and the latent weights to keep, or None."""
-_ROW_EXPONENT = ".row_exponent"
-_LAYER_TENSORS = {".weight", ".alpha", _ROW_EXPONENT}
 
 
 class PackedFolder:
@@ -47,7 +43,8 @@ class PackedFolder:
                 "make the artifact again: dbllm init-fdb",
             )
         self.group_size = config.group_size
-        self.levels: LevelKind = config.levels or "plain"
+        self.levels = config.levels or "plain"
+        self.scheme = open_scheme(self.levels)
         has_latents = any(folder.glob(f"{LATENTS}*.safetensors"))
         self.latents = TensorFolder(folder, LATENTS) if has_latents else None
 
@@ -74,27 +71,26 @@ class PackedFolder:
 
     def layer(self, name: str, in_features: int) -> QuantizedMatrix:
         """Planes and scales of one layer."""
-        weight, alpha = self.tensors.get(f"{name}.weight"), self.tensors.get(f"{name}.alpha")
+        weight = self.tensors.get(f"{name}.weight")
         out_features = weight.shape[1]
         groups = group_count(in_features, self.group_size)
-        fits = weight.shape == (2, out_features, -(-in_features // 8))
-        coded = self.levels == "offset"
-        fits &= alpha.shape == (2 if self.levels == "plain" else 1, out_features, groups)
-        fits &= (alpha.dtype == torch.uint16) == coded
-        stored = f"{name}{_ROW_EXPONENT}"
-        exponents = self.tensors.get(stored) if coded and stored in self.tensors else None
-        if coded:
-            fits &= exponents is not None and exponents.shape == (out_features,)
-            fits &= exponents is not None and exponents.dtype == torch.int8
-        if not fits:
+        stored = {
+            part: self.tensors.get(f"{name}.{part}")
+            for part in self.scheme.parts(out_features, groups)
+            if f"{name}.{part}" in self.tensors
+        }
+        has_planes = weight.shape == (2, out_features, -(-in_features // 8))
+        if not (has_planes and self.scheme.is_stored(stored, out_features, groups)):
+            found = ", ".join(
+                f"{part} {tuple(each.shape)} of {each.dtype}" for part, each in stored.items()
+            )
             raise ArtifactCorruptError(
                 f"layer {name} of {self.folder} has planes {tuple(weight.shape)} and scales "
-                f"{tuple(alpha.shape)} of {alpha.dtype}, which do not fit {in_features} inputs "
-                f"and {self.levels} levels",
+                f"{found}, which do not fit {in_features} inputs and {self.levels} levels",
                 "make the artifact again",
             )
-        alpha = expand_scales(alpha, exponents)
-        return QuantizedMatrix(weight, alpha, in_features, self.group_size, self.levels)
+        scales = self.scheme.expand(stored)
+        return QuantizedMatrix(weight, scales, in_features, self.group_size, self.levels)
 
     def latent(self, name: str, quantized: QuantizedMatrix, teacher: Tensor) -> Tensor:
         """Latent weights to train from, float32 `[out, in]`: stored ones, else the teacher's.
@@ -110,11 +106,11 @@ class PackedFolder:
 
     def other_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that is not a plane or a scale."""
-        quantized = set(self.layer_names())
-        for name, tensor in self.tensors.items():
-            layer = name.rpartition(".")[0]
-            if not (layer in quantized and name.removeprefix(layer) in _LAYER_TENSORS):
-                yield name, tensor
+        parts = {"weight", *self.scheme.parts(0, 0)}
+        quantized = {f"{name}.{part}" for name in self.layer_names() for part in parts}
+        for name in self.tensors.names():
+            if name not in quantized:
+                yield name, self.tensors.get(name)
 
 
 def _is_alpha(name: str) -> bool:
@@ -123,9 +119,8 @@ def _is_alpha(name: str) -> bool:
 
 def layer_tensors(name: str, quantized: QuantizedMatrix) -> list[tuple[str, Tensor]]:
     """A layer's tensors under the names that packed models store."""
-    alpha, exponents = stored_scales(quantized.alpha, quantized.levels)
-    tensors = [(f"{name}.weight", quantized.weight), (f"{name}.alpha", alpha)]
-    return tensors if exponents is None else [*tensors, (f"{name}{_ROW_EXPONENT}", exponents)]
+    stored = {"weight": quantized.weight} | quantized.scheme.store(quantized.alpha)
+    return [(f"{name}.{part}", tensor) for part, tensor in stored.items()]
 
 
 def quantized_config(
@@ -133,18 +128,19 @@ def quantized_config(
     group_size: int,
     kept: Sequence[str],
     dtype: str,
-    levels: LevelKind = "plain",
+    levels: str = "plain",
 ) -> dict[str, Any]:
     """config.json of a quantized model: the model's own with `quantization_config` added."""
     own = {key: value for key, value in config.items() if key != "torch_dtype"}
     settings = {
         "quant_method": "dbllm",
-        "format_version": FORMAT_VERSION,
+        "format_version": open_scheme(levels).format_version,
         "group_size": group_size,
         "modules_to_not_convert": sorted(kept),
     }
+    # The first readers knew no other levels and no such setting.
     if levels != "plain":
-        settings |= {"levels": levels, "format_version": NEWEST_FORMAT}
+        settings["levels"] = levels
     return {
         **own,
         "dtype": dtype,

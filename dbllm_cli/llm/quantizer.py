@@ -1,7 +1,10 @@
 """How transformers loads a packed model: `quant_method: dbllm`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,17 +15,30 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 from dbllm_cli.fdb.linear import FdbLinear
-from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks, layer_shape
 from dbllm_cli.llm.decoder_blocks import use_block_kernels
 from dbllm_cli.llm.embeddings import use_int8_embeddings
+from dbllm_cli.registry import registered
 from dbllm_cli.store.json_file import read_json_object
 
 FORMAT_VERSION = 1
 NEWEST_FORMAT = 3
-"""The first with other levels than plain; written for these alone, so that older dbllm read the
-rest. Version 2 had scales in 8 bits and is not read any more."""
+"""A folder has the version of its levels (`Scheme.format_version`), so that older dbllm read what
+they know. Version 2 had scales in 8 bits and is not read any more."""
+
+
+_USES_CPU_KERNELS: ContextVar[bool] = ContextVar("uses_cpu_kernels", default=True)
+
+
+@contextmanager
+def without_cpu_kernels() -> Iterator[None]:
+    """Models loaded meanwhile stay as planes and scales, to be trained or moved to a GPU."""
+    token = _USES_CPU_KERNELS.set(False)
+    try:
+        yield
+    finally:
+        _USES_CPU_KERNELS.reset(token)
 
 
 class NewerFormatError(ValueError):
@@ -37,7 +53,7 @@ class DbllmConfig(QuantizationConfigMixin):
         modules_to_not_convert: full names of linear layers in the blocks that are not quantized.
         format_version: of the tensors; a newer one is refused.
         embedding_bits: 8 where embeddings and output layer are `kernels.quantize_rows`'.
-        levels: of `fdb.scales`; plain when absent.
+        levels: of `fdb.schemes`; plain when absent.
 
     Raises:
         NewerFormatError: the folder was written by a newer dbllm.
@@ -50,7 +66,7 @@ class DbllmConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
         embedding_bits: int | None = None,
-        levels: LevelKind | None = None,
+        levels: str | None = None,
         **kwargs: Any,
     ) -> None:
         del kwargs
@@ -63,7 +79,7 @@ class DbllmConfig(QuantizationConfigMixin):
             raise ValueError(f"packed format {format_version!r} is not known here")
         if embedding_bits not in (None, 8):
             raise ValueError(f"embeddings in {embedding_bits} bits are not known here: 8 or none")
-        if levels not in (None, *get_args(LevelKind)):
+        if levels not in (None, *registered("fdb/schemes")):
             raise ValueError(f"{levels} levels are not known here")
         if format_version == 2:
             raise ValueError("packed format 2 is not read any more: make the artifact again")
@@ -133,10 +149,10 @@ class DbllmQuantizer(HfQuantizer):
         del kwargs
         packed = [module for module in model.modules() if isinstance(module, FdbLinear)]
         for module in packed:
-            module.expand_scales()
+            module.expand()
         # A layer that is offloaded from a GPU comes back to it at every call.
         devices = (getattr(model, "hf_device_map", None) or {"": "cpu"}).values()
-        if {str(device) for device in devices} == {"cpu"}:
+        if _USES_CPU_KERNELS.get() and {str(device) for device in devices} == {"cpu"}:
             for module in packed:
                 module.use_cpu_kernels()
             use_cpu_attention(model)
@@ -159,7 +175,7 @@ class DbllmQuantizer(HfQuantizer):
 
 
 def convert_layers(
-    model: nn.Module, group_size: int, kept: list[str], levels: LevelKind = "plain"
+    model: nn.Module, group_size: int, kept: list[str], levels: str = "plain"
 ) -> None:
     """Replace the linear layers of the decoder blocks by empty FdbLinear of the same shape.
 
@@ -167,7 +183,7 @@ def convert_layers(
         model: on the meta device, or loaded.
         group_size: inputs that share their scales.
         kept: full names of layers to leave; a headless model's shorter names match them too.
-        levels: which scales the groups have.
+        levels: the scheme of levels.
     """
     for name, module in list(find_blocks(model).linear_layers()):
         if any(skip == name or skip.endswith(f".{name}") for skip in kept):
@@ -185,8 +201,7 @@ def convert_layers(
             weight.device,
             levels,
         )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement)
+        model.set_submodule(name, replacement)
 
 
 def register() -> None:

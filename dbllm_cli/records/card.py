@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from dbllm_cli.errors import ConfigError
+from dbllm_cli.fdb.schemes import open_scheme
 from dbllm_cli.formats import Format
 from dbllm_cli.records.evaluation import (
     EvalResult,
@@ -92,12 +93,9 @@ def _name(result: EvalResult | TasksResult, fdb: Artifact) -> str:
     return f"{roles.get(result.model, 'another')} {result.kind} `{result.model}`"
 
 
-def _levels(kind: str) -> list[str]:
-    notes = {
-        "offset": "- two scales and an offset per group, in 16 bits, and 8 bits a row",
-        "tied": "- one scale per group, levels -d, 0, d and 2d",
-    }
-    return [notes[kind]] if kind in notes else []
+def _levels(name: str) -> list[str]:
+    note = open_scheme(name).note
+    return [] if note is None else [f"- {note}"]
 
 
 def _how_to_load(written: Format) -> list[str]:

@@ -36,7 +36,7 @@ def run(
     dtype = torch_dtype(environment.compute_dtype)
     models = TeacherAndStudent(
         load_model(folder, dtype, ctx.device, ctx.trust_remote_code),
-        load_model(student.folder, torch.float32, ctx.device, ctx.trust_remote_code),
+        load_model(student.folder, torch.float32, ctx.device, ctx.trust_remote_code, trains=True),
     )
     options = options_from(config, TrainerOptions)
     trainer = Trainer(options, models, student, calibration, ctx.scratch, ctx.progress)

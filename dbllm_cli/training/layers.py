@@ -18,12 +18,7 @@ from dbllm_cli.fdb.levels import (
 )
 from dbllm_cli.fdb.linear import autocast_input
 from dbllm_cli.fdb.quantized import QuantizedMatrix, pack_cells
-from dbllm_cli.fdb.scales import (
-    LevelKind,
-    project_scales,
-    round_scales,
-    tied_units,
-)
+from dbllm_cli.fdb.schemes import Scheme
 from dbllm_cli.kernels import (
     can_round_latents,
     can_scale_planes,
@@ -31,6 +26,7 @@ from dbllm_cli.kernels import (
     latent_gradients,
     latent_levels,
     levels_of,
+    offset_of,
     plane_gradients,
     plane_levels,
     unpack_planes,
@@ -40,7 +36,7 @@ from dbllm_cli.kernels import (
 def _scale_gradients(grad: Tensor, planes: Tensor, alpha: Tensor, group_size: int) -> Tensor:
     grouped = to_groups(grad.to(torch.float32), group_size)
     sums = [(grouped * plane).sum(-1) for plane in planes]
-    if len(alpha) == 3:
+    if offset_of(alpha) is not None:
         # A group without levels stays without them.
         sums.append(grouped.sum(-1) * ((alpha[0] != 0) | (alpha[1] != 0)))
     return torch.stack(sums)
@@ -108,12 +104,12 @@ class _RoundedScales(torch.autograd.Function):
     """Scales as they are stored; the gradient passes as it is."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, levels: LevelKind) -> Tensor:
+    def forward(ctx: Any, alpha: Tensor, scheme: Scheme) -> Tensor:
         del ctx
         if not alpha.to(torch.float16).isfinite().all():
             # A code would be finite again: the loss is to tell.
             return alpha.clone()
-        return round_scales(alpha, levels).to(torch.float32)
+        return scheme.round(alpha).to(torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -129,18 +125,15 @@ class TrainableLinear(nn.Module):
         self.in_features = quantized.in_features
         self.group_size = quantized.group_size
         self.levels = quantized.levels
-        # float16 is fine enough to leave out.
-        self.rounds_scales = self.levels == "offset"
+        self.scheme = quantized.scheme
+        self.rounds_scales = self.scheme.trains_rounded
         self.alpha = nn.Parameter(quantized.alpha.to(torch.float32))
-        if self.levels == "tied":
-            self.alpha.register_hook(self._tied_gradient)
+        self.alpha.register_hook(self._scheme_gradient)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
 
-    def _tied_gradient(self, grad: Tensor) -> Tensor:
-        """The gradient of the step, handed to both scales: apart they would pull it astray."""
-        units = torch.stack(tied_units(self.alpha[0] + self.alpha[1] >= 0))
-        return units * (units * grad).sum(0)
+    def _scheme_gradient(self, grad: Tensor) -> Tensor:
+        return self.scheme.train_gradient(self.alpha, grad)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix `[out, in]`, with gradients."""
@@ -149,7 +142,7 @@ class TrainableLinear(nn.Module):
     @torch.no_grad()
     def quantize(self) -> QuantizedMatrix:
         """What is stored: scales rounded, and their planes."""
-        alpha = round_scales(self.alpha, self.levels)
+        alpha = self.scheme.round(self.alpha)
         planes = self._planes(alpha)
         return QuantizedMatrix(planes, alpha, self.in_features, self.group_size, self.levels)
 
@@ -169,13 +162,13 @@ class TrainableLinear(nn.Module):
 
     def rounded_scales(self) -> Tensor:
         """The scales as `quantize` rounds them, float32; the gradient passes."""
-        rounded: Tensor = _RoundedScales.apply(self.alpha, self.levels)
+        rounded: Tensor = _RoundedScales.apply(self.alpha, self.scheme)
         return rounded
 
     @torch.no_grad()
     def project(self) -> None:
         """Bring the scales back to what a group may have, after every step."""
-        self.alpha.copy_(project_scales(self.alpha, self.levels, self._upright()))
+        self.alpha.copy_(self.scheme.project(self.alpha, self._upright()))
 
     def _upright(self) -> Tensor | None:
         """Which orientation the levels must keep, bool `[out, groups]`; None where either will do.

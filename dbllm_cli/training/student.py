@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import QuantizedMatrix, latent_start
 from dbllm_cli.llm.blocks import matrix_of
-from dbllm_cli.llm.decoder_blocks import leave_block_kernels
 from dbllm_cli.llm.quantized_folder import PackedFolder
 from dbllm_cli.training.layers import LatentLinear, ScaleLinear, TrainableLinear
 
@@ -115,7 +114,7 @@ def make_trainable(
     """Replace every packed layer of a model by one that trains.
 
     Args:
-        model: a loaded fdb artifact, changed in place.
+        model: an fdb artifact loaded to train, changed in place.
         student: the artifact it was loaded from.
         teacher: the full-precision model, to train latent weights; None trains scales alone.
 
@@ -136,5 +135,4 @@ def make_trainable(
                 student, name, packed.quantized, matrix, bias, fixed_cells=True
             )
         model.set_submodule(name, layers[name])
-    leave_block_kernels(model)
     return layers

@@ -82,7 +82,7 @@ class Trainer:
 
     Args:
         options: how it trains.
-        models: the teacher, and the student as it was loaded from its artifact.
+        models: the teacher, and the student loaded to train.
         student: the artifact.
         calibration: sequences to train on, and the held-out part.
         scratch: where checkpoints are kept.
@@ -111,7 +111,6 @@ class Trainer:
         latents_from = self.teacher if options.train == "weights" else None
         self.layers = make_trainable(self.model, student, latents_from)
         if options.recompute:
-            # Only now: a block that decodes in its own operators has another forward until here.
             _recompute(blocks)
         self.others = unquantized_parameters(self.model, blocks, options.unquantized)
         self.stored_dtype = student.dtype
@@ -190,7 +189,7 @@ class Trainer:
         """
         late = step >= self.options.steps * (1 - _ROUNDED_SHARE)
         for layer in self.layers.values():
-            layer.rounds_scales = late and layer.levels == "offset"
+            layer.rounds_scales = late and layer.scheme.trains_rounded
 
     def _chosen(self, number: int) -> Tensor:
         """The sequences of batch `number`: a fresh order every epoch, from the seed alone."""

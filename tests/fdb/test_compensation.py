@@ -7,7 +7,6 @@ from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.compensation import quantize_compensated
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import quantize_matrix
-from dbllm_cli.fdb.scales import LevelKind
 
 
 def _layer(inputs: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -28,7 +27,7 @@ def _output_error(dense: Tensor, matrix: Tensor, tokens: Tensor) -> float:
 @pytest.mark.parametrize("levels", ["plain", "offset"])
 @pytest.mark.parametrize(("inputs", "group_size"), [(128, 64), (172, 64), (96, 32), (40, 64)])
 def test_the_output_is_nearer_than_that_of_weights_rounded_one_by_one(
-    inputs: int, group_size: int, levels: LevelKind
+    inputs: int, group_size: int, levels: str
 ) -> None:
     matrix, tokens = _layer(inputs, 48)
     compensated = quantize_compensated(matrix, tokens.T @ tokens, group_size, levels).quantized
@@ -68,7 +67,7 @@ def _compensated_columns(matrix: Tensor, gram: Tensor, alpha: Tensor) -> np.ndar
 
 
 @pytest.mark.parametrize("levels", ["plain", "offset"])
-def test_latent_weights_have_the_stored_codes(levels: LevelKind) -> None:
+def test_latent_weights_have_the_stored_codes(levels: str) -> None:
     matrix, tokens = _layer(100, 12)
     quantized, latent = quantize_compensated(matrix, tokens.T @ tokens, 32, levels)
     again = quantize_matrix(latent, quantized.alpha.float(), 32, levels)
@@ -111,7 +110,7 @@ def _best_scales(matrix: Tensor, planes: Tensor, gram: Tensor, group_size: int) 
 
 
 @pytest.mark.parametrize("levels", ["plain", "offset"])
-def test_no_other_scales_serve_the_planes_better(levels: LevelKind) -> None:
+def test_no_other_scales_serve_the_planes_better(levels: str) -> None:
     matrix, tokens = _layer(100, 12)
     gram = tokens.T @ tokens / len(tokens)
     found = quantize_compensated(matrix, gram, 32, levels).quantized

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import QuantizedMatrix, latent_start, quantize_matrix
-from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.training.layers import LatentLinear
 
 
@@ -13,7 +12,7 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _quantized(matrix: Tensor, levels: LevelKind = "plain") -> QuantizedMatrix:
+def _quantized(matrix: Tensor, levels: str = "plain") -> QuantizedMatrix:
     return quantize_matrix(matrix, fit_scales(matrix, 64, "als", levels=levels), 64, levels)
 
 

@@ -8,7 +8,6 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
-from dbllm_cli.fdb.scales import LevelKind, stored_scales
 from dbllm_cli.kernels import cpu_kernels, dequantize
 
 
@@ -37,11 +36,11 @@ def test_casting_the_model_leaves_scales_and_planes_as_stored(dtype: torch.dtype
     model = torch.nn.Sequential(_layer())
     before = copy.deepcopy(model[0])
     layer = model.to(dtype)[0]
-    assert layer.alpha.dtype == torch.float16
-    assert torch.equal(layer.alpha, before.alpha)
+    assert layer.scales.dtype == torch.float16
+    assert torch.equal(layer.scales, before.scales)
     assert torch.equal(layer.weight, before.weight)
     assert layer.bias.dtype == dtype
-    assert dict(layer.named_buffers())["alpha"] is layer.alpha
+    assert dict(layer.named_buffers())["scales"] is layer.scales
 
 
 def test_the_output_has_the_dtype_of_the_input_whatever_the_bias_has() -> None:
@@ -78,16 +77,14 @@ _STORED = {
 
 
 def _stored(quantized: QuantizedMatrix) -> dict[str, Tensor]:
-    alpha, exponents = stored_scales(quantized.alpha, quantized.levels)
-    stored = {"weight": quantized.weight, "alpha": alpha}
-    return stored if exponents is None else stored | {"row_exponent": exponents}
+    return {"weight": quantized.weight} | quantized.scheme.store(quantized.alpha)
 
 
 @pytest.mark.parametrize("levels", ["tied", "offset"])
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
 def test_a_layer_runs_on_stored_scales_and_saves_what_it_read(
-    levels: LevelKind, tiled: bool, cast: torch.dtype | None
+    levels: str, tiled: bool, cast: torch.dtype | None
 ) -> None:
     matrix = torch.randn(5, 172, generator=torch.Generator().manual_seed(0))
     quantized = quantize_matrix(matrix, fit_scales(matrix, 64, "als", levels=levels), 64, levels)
@@ -159,7 +156,7 @@ def test_the_compiled_kernels_give_the_output_of_before(bias: bool, batch: tuple
     tiled = _tiled(bias)
     assert torch.allclose(tiled(x), before(x), rtol=1e-5, atol=1e-5)
     assert tiled.weight is None
-    assert tiled.alpha is None
+    assert tiled.scales is None
     assert _holds_the_same(tiled, before)
 
 
@@ -192,7 +189,7 @@ def test_the_state_of_a_tiled_layer_is_that_of_planes_and_scales(bias: bool) -> 
 def test_a_tiled_layer_loads_another_state(assign: bool) -> None:
     x, layer, other = _inputs(3), _tiled(), _layer()
     other.weight.bitwise_not_()
-    other.alpha.mul_(3)
+    other.scales.mul_(3)
     torch.nn.init.constant_(other.bias, 7)
     layer.load_state_dict(other.state_dict(), assign=assign)
     for _ in range(2):
@@ -229,8 +226,8 @@ def test_on_another_device_a_tiled_layer_has_planes_and_scales_again() -> None:
     layer = _tiled().to("meta")
     assert layer.tiles is None
     assert (layer.weight.shape, layer.weight.dtype) == ((2, 5, 22), torch.uint8)
-    assert (layer.alpha.shape, layer.alpha.dtype) == ((2, 5, 3), torch.float16)
-    assert {t.device.type for t in (layer.weight, layer.alpha, layer.bias)} == {"meta"}
+    assert (layer.scales.shape, layer.scales.dtype) == ((2, 5, 3), torch.float16)
+    assert {t.device.type for t in (layer.weight, layer.scales, layer.bias)} == {"meta"}
     assert layer(torch.empty(2, 172, device="meta")).shape == (2, 5)
 
 

@@ -14,7 +14,6 @@ from dbllm_cli.fdb.quantized import (
     quantize_matrix,
     stored_bits,
 )
-from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.kernels import unpack_planes
 from tests.fdb.reference import brute_force_value, dense
 
@@ -26,9 +25,7 @@ def _matrix(*shape: int) -> Tensor:
 _EACH_KIND = pytest.mark.parametrize("levels", ["plain", "tied", "offset"])
 
 
-def _quantized(
-    matrix: Tensor, group_size: int = 64, levels: LevelKind = "plain"
-) -> QuantizedMatrix:
+def _quantized(matrix: Tensor, group_size: int = 64, levels: str = "plain") -> QuantizedMatrix:
     alpha = fit_scales(matrix, group_size, "als", levels=levels)
     return quantize_matrix(matrix, alpha, group_size, levels)
 
@@ -36,7 +33,7 @@ def _quantized(
 @_EACH_KIND
 @pytest.mark.parametrize(("inputs", "group_size"), [(128, 64), (172, 64), (13, 8), (172, 128)])
 def test_the_dense_matrix_is_the_sum_of_scaled_planes_and_the_offset(
-    inputs: int, group_size: int, levels: LevelKind
+    inputs: int, group_size: int, levels: str
 ) -> None:
     quantized = _quantized(_matrix(3, inputs), group_size, levels)
     bits = np.unpackbits(quantized.weight.numpy(), axis=-1, bitorder="little")[..., :inputs]
@@ -55,7 +52,7 @@ def test_scales_are_rounded_to_float16_before_the_planes_are_derived() -> None:
 
 
 @_EACH_KIND
-def test_every_weight_is_at_the_level_nearest_under_the_stored_scales(levels: LevelKind) -> None:
+def test_every_weight_is_at_the_level_nearest_under_the_stored_scales(levels: str) -> None:
     matrix = _matrix(4, 172)
     quantized = _quantized(matrix, levels=levels)
     alpha = quantized.alpha.double()
@@ -67,7 +64,7 @@ def test_every_weight_is_at_the_level_nearest_under_the_stored_scales(levels: Le
 
 
 @_EACH_KIND
-def test_an_all_zero_group_stays_zero(levels: LevelKind) -> None:
+def test_an_all_zero_group_stays_zero(levels: str) -> None:
     matrix = _matrix(2, 128)
     matrix[1, 64:] = 0
     quantized = _quantized(matrix, levels=levels)
@@ -76,7 +73,7 @@ def test_an_all_zero_group_stays_zero(levels: LevelKind) -> None:
 
 
 @_EACH_KIND
-def test_quantizing_the_dense_matrix_again_changes_nothing(levels: LevelKind) -> None:
+def test_quantizing_the_dense_matrix_again_changes_nothing(levels: str) -> None:
     quantized = _quantized(_matrix(4, 172), levels=levels)
     again = quantize_matrix(quantized.dense(), quantized.alpha, 64, levels)
     assert torch.equal(again.weight, quantized.weight)

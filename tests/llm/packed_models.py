@@ -4,7 +4,6 @@ import torch
 from transformers import PreTrainedModel
 
 from dbllm_cli.fdb.linear import FdbLinear
-from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.decoder_blocks import use_block_kernels
 from dbllm_cli.llm.quantizer import convert_layers
@@ -12,7 +11,7 @@ from tests.tiny_models import FAMILIES, build_model
 
 
 def packed_model(
-    family: str, dtype: torch.dtype = torch.float32, levels: LevelKind = "plain"
+    family: str, dtype: torch.dtype = torch.float32, levels: str = "plain"
 ) -> PreTrainedModel:
     """A model of random planes, without the kernels' attention and blocks."""
     model = build_model(FAMILIES[family]()).requires_grad_(False)
@@ -36,7 +35,7 @@ def packed_model(
 
 
 def served_model(
-    family: str, dtype: torch.dtype = torch.float32, levels: LevelKind = "plain"
+    family: str, dtype: torch.dtype = torch.float32, levels: str = "plain"
 ) -> PreTrainedModel:
     model = packed_model(family, dtype, levels)
     use_cpu_attention(model)

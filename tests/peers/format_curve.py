@@ -18,9 +18,8 @@ from torch import Tensor
 
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix, stored_bits
-from dbllm_cli.fdb.scales import LevelKind
 
-KINDS: tuple[LevelKind, ...] = ("plain", "tied", "offset")
+KINDS: tuple[str, ...] = ("plain", "tied", "offset")
 GROUP_SIZES = (32, 64, 128)
 Part = tuple[Tensor, Tensor]
 """Rows of a matrix and the importance of its inputs."""
@@ -54,7 +53,7 @@ def model_parts(model: Path, calibration: Path, rows: int) -> Iterator[Part]:
                     yield file.get_tensor(name)[:rows].float(), means[layer]
 
 
-def bits_and_error(parts: list[Part], kind: LevelKind, size: int) -> tuple[float, float]:
+def bits_and_error(parts: list[Part], kind: str, size: int) -> tuple[float, float]:
     """Bits per weight, and the relative error, a mean over the matrices."""
     shares = []
     bits = weights = 0
@@ -67,7 +66,7 @@ def bits_and_error(parts: list[Part], kind: LevelKind, size: int) -> tuple[float
     return bits / weights, sum(shares) / len(shares)
 
 
-def rounded(matrix: Tensor, importance: Tensor, kind: LevelKind, size: int) -> QuantizedMatrix:
+def rounded(matrix: Tensor, importance: Tensor, kind: str, size: int) -> QuantizedMatrix:
     return quantize_matrix(matrix, fit_scales(matrix, size, "als", importance, kind), size, kind)
 
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import QuantizedMatrix, quantize_matrix
-from dbllm_cli.fdb.scales import LevelKind
 from dbllm_cli.kernels import unpack_planes
 from dbllm_cli.training import layers as training_layers
 from dbllm_cli.training.layers import LatentLinear, ScaleLinear, TrainableLinear
@@ -18,24 +17,22 @@ def _normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _quantized(
-    matrix: Tensor, group_size: int = GROUP, levels: LevelKind = "plain"
-) -> QuantizedMatrix:
+def _quantized(matrix: Tensor, group_size: int = GROUP, levels: str = "plain") -> QuantizedMatrix:
     alpha = fit_scales(matrix, group_size, "als", levels=levels)
     return quantize_matrix(matrix, alpha, group_size, levels)
 
 
-def _latent(levels: LevelKind = "plain", fixed_cells: bool = False) -> LatentLinear:
+def _latent(levels: str = "plain", fixed_cells: bool = False) -> LatentLinear:
     matrix = _normal(OUT, IN) * 1.5
     quantized = _quantized(_normal(OUT, IN), levels=levels)
     return LatentLinear(quantized, matrix, _normal(OUT, seed=4), fixed_cells)
 
 
-def _in_fixed_cells(levels: LevelKind = "plain") -> LatentLinear:
+def _in_fixed_cells(levels: str = "plain") -> LatentLinear:
     return _latent(levels, fixed_cells=True)
 
 
-def _scaled(levels: LevelKind = "plain") -> ScaleLinear:
+def _scaled(levels: str = "plain") -> ScaleLinear:
     return ScaleLinear(_quantized(_normal(OUT, IN), levels=levels), None)
 
 
@@ -56,7 +53,7 @@ def _weight_gradient(layer: TrainableLinear, x: Tensor, output_gradient: Tensor)
 @pytest.mark.parametrize("levels", ["plain", "offset"])
 @pytest.mark.parametrize("make", [_latent, _scaled])
 def test_gradients_of_the_scales_are_the_sums_over_the_group_of_gradient_times_plane(
-    make: Callable[[LevelKind], TrainableLinear], levels: LevelKind
+    make: Callable[[str], TrainableLinear], levels: str
 ) -> None:
     layer = make(levels)
     planes = unpack_planes(layer.quantize().weight, IN, torch.float64)
@@ -92,7 +89,7 @@ def test_the_gradient_of_a_latent_weight_passes_inside_the_bounds_and_stops_outs
 @pytest.mark.parametrize("levels", ["plain", "offset"])
 @pytest.mark.parametrize("make", [_latent, _in_fixed_cells, _scaled])
 def test_a_layer_that_trains_gives_the_output_of_what_it_will_store(
-    make: Callable[[LevelKind], TrainableLinear], levels: LevelKind
+    make: Callable[[str], TrainableLinear], levels: str
 ) -> None:
     layer = make(levels)
     x = _normal(2, 5, IN, seed=3)
@@ -115,7 +112,7 @@ def test_under_autocast_products_are_in_bfloat16_and_gradients_in_float32(make: 
 
 
 @pytest.mark.parametrize("levels", ["plain", "offset"])
-def test_latent_weights_train_through_the_rounding_of_codes(levels: LevelKind) -> None:
+def test_latent_weights_train_through_the_rounding_of_codes(levels: str) -> None:
     layer = _latent(levels)
     with torch.no_grad():
         # A fifth of a step: codes stay what they are, float16 moves.
@@ -127,7 +124,7 @@ def test_latent_weights_train_through_the_rounding_of_codes(levels: LevelKind) -
 
 @pytest.mark.parametrize("make", [_in_fixed_cells, _scaled])
 def test_scales_can_train_as_they_are_and_are_rounded_at_the_end(
-    make: Callable[[LevelKind], TrainableLinear],
+    make: Callable[[str], TrainableLinear],
 ) -> None:
     layer = make("offset")
     layer.rounds_scales = False
@@ -162,7 +159,7 @@ def test_planes_of_latent_weights_follow_them_and_fixed_planes_do_not() -> None:
 
 @pytest.mark.usefixtures("kernels_or_torch")
 @pytest.mark.parametrize("levels", ["plain", "offset"])
-def test_scales_that_move_leave_latent_weights_in_fixed_cells(levels: LevelKind) -> None:
+def test_scales_that_move_leave_latent_weights_in_fixed_cells(levels: str) -> None:
     layer = _in_fixed_cells(levels)
     layer.rounds_scales = False
     planes = layer.quantize().weight
@@ -203,7 +200,7 @@ def test_a_group_whose_scales_are_zero_stays_zero_in_training() -> None:
 
 @pytest.mark.usefixtures("kernels_or_torch")
 @pytest.mark.parametrize("levels", ["plain", "offset"])
-def test_a_group_that_lost_its_scales_has_no_planes_and_trains_no_more(levels: LevelKind) -> None:
+def test_a_group_that_lost_its_scales_has_no_planes_and_trains_no_more(levels: str) -> None:
     layer = _in_fixed_cells(levels)
     with torch.no_grad():
         layer.alpha[:, 1, 2] = 0
@@ -217,7 +214,7 @@ def test_a_group_that_lost_its_scales_has_no_planes_and_trains_no_more(levels: L
 
 @pytest.mark.usefixtures("kernels_or_torch")
 @pytest.mark.parametrize("levels", ["plain", "offset"])
-def test_gradients_are_those_of_the_cells_where_scales_have_moved(levels: LevelKind) -> None:
+def test_gradients_are_those_of_the_cells_where_scales_have_moved(levels: str) -> None:
     layer = _in_fixed_cells(levels)
     layer.rounds_scales = False
     planes = unpack_planes(layer.quantize().weight, IN, torch.float64)

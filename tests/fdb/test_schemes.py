@@ -9,23 +9,60 @@ from torch import Tensor
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.fit import fit_scales
 from dbllm_cli.fdb.quantized import quantize_matrix
-from dbllm_cli.fdb.scales import (
-    Spans,
-    expand_scales,
-    join_tied,
-    project_scales,
-    round_scales,
-    split_tied,
-    stored_scale_bits,
-    stored_scales,
-    tie_scales,
-)
+from dbllm_cli.fdb.schemes import open_scheme
+from dbllm_cli.fdb.schemes._spans import Spans
+from dbllm_cli.fdb.schemes.tied import join_tied, split_tied, tie_scales
+from dbllm_cli.registry import declared, registered
+
+OFFSET = open_scheme("offset")
+SCHEMES = list(registered("fdb/schemes"))
 
 
 def _scales(*shape: int, octaves: float = 6.0) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.exp2(-octaves * torch.rand(2, *shape, generator=generator)) * 0.05
     return (sizes * torch.tensor((1.0, -1.0)).view(2, 1, 1)).half()
+
+
+# -- every scheme ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("inputs", [128, 172])
+def test_what_a_scheme_fits_is_stored_and_read_as_it_is(name: str, inputs: int) -> None:
+    scheme = open_scheme(name)
+    matrix = torch.randn(6, inputs, generator=torch.Generator().manual_seed(0)) * 0.02
+    scales = scheme.round(fit_scales(matrix, 64, "als", levels=name))
+    stored = scheme.store(scales)
+    assert scales.shape == (scheme.numbers, 6, math.ceil(inputs / 64))
+    assert torch.equal(scheme.expand(stored), scales)
+    assert torch.equal(scheme.round(scales.float()), scales)
+    assert scheme.stored_bits(scales) == 8 * sum(t.nbytes for t in stored.values())
+    assert next(iter(stored)) == "alpha"
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_knows_its_stored_tensors_from_others(name: str) -> None:
+    scheme = open_scheme(name)
+    places = scheme.empty_stored((172, 6), 64, "cpu")
+    assert scheme.is_stored(places, 6, 3)
+    assert not scheme.is_stored(places, 6, 4)
+    assert not scheme.is_stored({}, 6, 3)
+    others = [open_scheme(other) for other in SCHEMES if other != name]
+    assert not any(other.is_stored(places, 6, 3) for other in others)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_fit_is_better_than_the_papers_start(name: str) -> None:
+    matrix = torch.randn(8, 256, generator=torch.Generator().manual_seed(3))
+    paper = quantize_matrix(matrix, fit_scales(matrix, 64, "paper"), 64).dense()
+    found = quantize_matrix(matrix, fit_scales(matrix, 64, "als", levels=name), 64, name).dense()
+    assert (found - matrix).norm() < (paper - matrix).norm()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_says_which_ways_of_init_fdb_find_its_scales(name: str) -> None:
+    assert "als" in declared("fdb/schemes", "METHODS")[name]
 
 
 # -- offset ----------------------------------------------------------------------------------------
@@ -36,7 +73,7 @@ def _offset_scales(*shape: int, octaves: float = 3.0) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     share, inner, centre = torch.rand(3, *shape, generator=generator)
     outer = torch.exp2(-octaves * share) * 0.05
-    return Spans((centre * 1.4 - 0.7) * outer, outer, inner * outer).alpha
+    return Spans((centre * 1.4 - 0.7) * outer, outer, inner * outer).scales
 
 
 _NUMBER = st.floats(-4, 4, width=32)
@@ -47,36 +84,35 @@ _NUMBER = st.floats(-4, 4, width=32)
 def test_projected_offset_scales_are_upright_with_their_centre_in_reach(
     numbers: tuple[float, float, float],
 ) -> None:
-    alpha = project_scales(torch.tensor(numbers).view(3, 1, 1), "offset")
+    alpha = OFFSET.project(torch.tensor(numbers).view(3, 1, 1))
     alpha1, alpha2, beta = (float(number) for number in alpha)
     outer, inner = (alpha1 - alpha2) / 2, (alpha1 + alpha2) / 2
     assert alpha2 <= 1e-6
     assert alpha1 >= -1e-6
     assert inner >= -1e-6
     assert abs(beta + inner) <= 0.703125 * outer + 1e-6
-    assert torch.allclose(project_scales(alpha, "offset"), alpha, atol=1e-5)
+    assert torch.allclose(OFFSET.project(alpha), alpha, atol=1e-5)
 
 
 def test_offset_scales_take_16_bits_a_group_and_8_a_row() -> None:
-    alpha = round_scales(_offset_scales(10, 9), "offset")
-    codes, exponents = stored_scales(alpha, "offset")
-    assert exponents is not None
+    alpha = OFFSET.round(_offset_scales(10, 9))
+    codes, exponents = OFFSET.store(alpha).values()
     assert (codes.dtype, codes.shape) == (torch.uint16, (1, 10, 9))
     assert (exponents.dtype, exponents.shape) == (torch.int8, (10,))
-    assert stored_scale_bits(alpha, "offset") == 10 * 9 * 16 + 10 * 8
+    assert OFFSET.stored_bits(alpha) == 10 * 9 * 16 + 10 * 8
 
 
 @pytest.mark.parametrize("octaves", [0.5, 3.0, 9.0])
 @pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2, 1.0, 1e3])
 def test_rounded_offset_scales_are_stored_as_they_are(octaves: float, size: float) -> None:
-    rounded = round_scales(_offset_scales(40, 9, octaves=octaves) * size, "offset")
-    assert torch.equal(expand_scales(*stored_scales(rounded, "offset")), rounded)
-    assert torch.equal(round_scales(rounded.float(), "offset"), rounded)
+    rounded = OFFSET.round(_offset_scales(40, 9, octaves=octaves) * size)
+    assert torch.equal(OFFSET.expand(OFFSET.store(rounded)), rounded)
+    assert torch.equal(OFFSET.round(rounded.float()), rounded)
 
 
 def test_a_code_is_off_by_half_a_step_of_each_number_at_most() -> None:
     alpha = _offset_scales(64, 9, octaves=5.0)
-    exact, found = (Spans.of(a.double()) for a in (alpha, round_scales(alpha, "offset")))
+    exact, found = (Spans.of(a.double()) for a in (alpha, OFFSET.round(alpha)))
     # 4 significant bits where outer is no less than a 60th of the row's largest.
     assert ((found.outer - exact.outer) / exact.outer).abs().max() < 1 / 16
     assert ((found.inner - exact.inner) / exact.outer).abs().max() < 1 / 64 + 1 / 16
@@ -94,7 +130,7 @@ def test_an_outlier_leaves_the_other_groups_of_its_row_their_levels() -> None:
 
 def test_a_group_that_is_tiny_beside_its_row_does_not_vanish() -> None:
     alpha = torch.tensor([[[1.0, 1e-5]], [[-0.5, -5e-6]], [[0.0, 0.0]]])
-    assert (round_scales(alpha, "offset")[0] > 0).all()
+    assert (OFFSET.round(alpha)[0] > 0).all()
 
 
 def test_the_bits_of_a_code_are_the_documented_ones() -> None:
@@ -102,8 +138,7 @@ def test_the_bits_of_a_code_are_the_documented_ones() -> None:
     outer = 24.0
     spans = Spans(*(torch.tensor([[x, 0.0]]) for x in (-9 / 64 * outer, outer, 7.5 / 32 * outer)))
     spans.outer[0, 1] = 960.0
-    codes, exponents = stored_scales(spans.alpha, "offset")
-    assert exponents is not None
+    codes, exponents = OFFSET.store(spans.scales).values()
     assert exponents.tolist() == [0]
     assert codes.to(torch.int32)[0, 0, 0] == 20 | 7 << 6 | 13 << 11
 
@@ -112,23 +147,23 @@ def test_a_group_without_levels_has_one_code_and_stays_empty() -> None:
     alpha = _offset_scales(3, 4)
     alpha[:, :, 1] = 0
     alpha[:, 2] = 0
-    codes, _ = stored_scales(project_scales(alpha, "offset"), "offset")
+    codes, _ = OFFSET.store(OFFSET.project(alpha)).values()
     assert (codes.to(torch.int32)[0, :, 1] == 0).all()
-    rounded = round_scales(alpha, "offset")
+    rounded = OFFSET.round(alpha)
     assert (rounded[:, :, 1] == 0).all()
     assert (rounded[:, 2] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["plain", "tied", "offset"])
+@pytest.mark.parametrize("kind", SCHEMES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e6, 65600.0])
 def test_a_scale_beyond_float16_is_an_error(kind: str, value: float) -> None:
-    alpha = torch.tensor((value, -value / 2, 0.0)[: 3 if kind == "offset" else 2]).view(-1, 1, 1)
+    alpha = torch.tensor((value, -value / 2, 0.0)[: open_scheme(kind).numbers]).view(-1, 1, 1)
     with pytest.raises(StageFailedError, match="not finite"):
-        round_scales(alpha, kind)  # type: ignore[arg-type]
+        open_scheme(kind).round(alpha)
 
 
 def test_rounding_plain_scales_projects_the_signs() -> None:
-    rounded = round_scales(torch.tensor([[[-0.5, 1.0]], [[-2.0, 0.25]]]), "plain")
+    rounded = open_scheme("plain").round(torch.tensor([[[-0.5, 1.0]], [[-2.0, 0.25]]]))
     assert rounded.tolist() == [[[0.0, 1.0]], [[-2.0, 0.0]]]
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -87,6 +88,18 @@ def test_verify_hashes_again_what_a_stage_would_not(
     os.utime(artifact.path / "inner/data.txt", ns=(10**18, 10**18))
     (problem,) = store.verify(artifact)
     assert "other bytes" in problem
+
+
+def test_a_file_that_can_not_be_read_is_a_problem_of_its_artifact(
+    store: Store, publish: Publish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    artifact = publish()
+    monkeypatch.setattr(digest, "file_sha256", fail)
+    with pytest.raises(ArtifactCorruptError, match=r"data\.txt is unreadable: Input/output error"):
+        store.require_whole([artifact], SilentProgress())
 
 
 def test_a_bar_is_shown_where_much_is_hashed(

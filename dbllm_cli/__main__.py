@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -66,6 +67,9 @@ def main() -> None:
     """Entry point of the console script."""
     # torch reads it when it is imported: what Apple's GPUs lack (frexp, eigh) runs on the CPU.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A path may hold bytes that are no text: they are printed as they are.
+        sys.stdout.reconfigure(errors="surrogateescape")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -60,7 +60,13 @@ class TensorFolder:
         return name in self._files
 
     def get(self, name: str) -> Tensor:
-        """One tensor, on the CPU in its stored dtype."""
+        """One tensor, on the CPU in its stored dtype.
+
+        Raises:
+            ArtifactCorruptError: there is none of this name.
+        """
+        if name not in self._files:
+            raise ArtifactCorruptError(f"{self.folder} has no tensor {name}", COPY_AGAIN)
         with _opened(self._files[name]) as file:
             try:
                 tensor: Tensor = file.get_tensor(name)

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from dbllm_cli.configs import PackConfig
 from dbllm_cli.formats import Format, open_format
@@ -15,6 +16,7 @@ from dbllm_cli.stages.context import Context, Result, members
 from dbllm_cli.stages.spec import PACK, implements
 from dbllm_cli.store import Artifact, read_object
 from dbllm_cli.store.json_file import read_json_object, write_json
+from dbllm_cli.store.manifest import corrupt
 from dbllm_cli.tensors import ShardWriter
 
 
@@ -33,7 +35,7 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Res
     total = _write_tensors(chosen, student, config.shard_size * 1e9, ctx)
     path = ctx.out / "config.json"
     write_json(path, chosen.config(read_json_object(path)), finite=False)
-    weights, bits = _quantized_size(read_object(fdb, LAYER_REPORT))
+    weights, bits = _quantized_size(fdb)
     metrics: PackMetrics = {
         "format": config.format,
         "embeddings": config.embeddings,
@@ -61,8 +63,19 @@ def _write_tensors(chosen: Format, student: PackedFolder, shard_bytes: float, ct
     return total
 
 
-def _quantized_size(report: Mapping[str, Any]) -> tuple[int, float]:
+class _LayerSize(BaseModel):
+    weights: int = Field(gt=0)
+    bits_per_weight: float
+
+
+def _quantized_size(fdb: Artifact) -> tuple[int, float]:
     """The quantized weights, and bits of each with planes and scales."""
-    weights = sum(int(layer["weights"]) for layer in report.values())
-    bits = math.fsum(layer["weights"] * layer["bits_per_weight"] for layer in report.values())
+    try:
+        layers = [_LayerSize.model_validate(e) for e in read_object(fdb, LAYER_REPORT).values()]
+    except ValidationError as error:
+        raise corrupt(fdb.path, f"its {LAYER_REPORT} does not tell the size of layers") from error
+    weights = sum(layer.weights for layer in layers)
+    if not weights:
+        raise corrupt(fdb.path, f"its {LAYER_REPORT} tells of no layers")
+    bits = math.fsum(layer.weights * layer.bits_per_weight for layer in layers)
     return weights, round(bits / weights, 6)

@@ -1,5 +1,6 @@
 """No stage reads damage: one changed byte in any file of any input ends it before it starts."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.stages.spec import STAGES, StageSpec
 from dbllm_cli.store import Artifact
+from dbllm_cli.store.manifest import build_manifest, manifest_text
 from tests.conftest import Workshop
 
 FLIPS_PER_FILE = 3
@@ -86,3 +88,24 @@ def test_a_changed_byte_of_an_input_ends_a_stage_before_it_starts(
                 undo()
     with pytest.raises(pytest.fail.Exception, match="the stage began"):
         run()
+
+
+SHAPES: list[Any] = [[], None, {}, {"a": 1}, {"a": {"weights": "many"}}, {"a": {"weights": 0}}]
+
+
+@pytest.mark.parametrize("content", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("slot", "name"),
+    [("fdb", "layers.json"), ("evals.0", "metrics.json"), ("evals.0", "windows.json")],
+)
+def test_figures_of_another_shape_under_right_hashes_are_damage_too(
+    fresh: Workshop, made: dict[str, Artifact], slot: str, name: str, content: Any
+) -> None:
+    inputs = {slot: made[name] for slot, name in INPUTS["pack"].items()}
+    whole = inputs[slot]
+    folder = shutil.copytree(whole.path, fresh.store.root / whole.path.name)
+    (folder / name).write_text(json.dumps(content))
+    manifest = build_manifest(folder, whole.kind, whole.manifest["lineage"], {})
+    (folder / "manifest.json").write_text(manifest_text(manifest))
+    with pytest.raises(ArtifactCorruptError, match=name):
+        fresh.run("pack", inputs | {slot: fresh.store.open(folder)})

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from dbllm_cli.__main__ import run
+from dbllm_cli.app import run
 from dbllm_cli.errors import (
     ArtifactCorruptError,
     ArtifactMissingError,

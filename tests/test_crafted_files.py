@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dbllm_cli.__main__ import run
+from dbllm_cli.app import run
 from dbllm_cli.store import Artifact, digest_of, file_sha256
 from tests.conftest import Workshop
 

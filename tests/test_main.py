@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dbllm_cli import errors
-from dbllm_cli.__main__ import run
+from dbllm_cli.app import run
 from dbllm_cli.stages.spec import STAGES, StageSpec
 
 Captured = pytest.CaptureFixture[str]
@@ -146,7 +146,7 @@ def test_the_version_is_told(capsys: Captured) -> None:
 )
 def test_what_needs_no_model_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:
     code = (
-        "import sys; from dbllm_cli.__main__ import run; run(sys.argv[1:]);"
+        "import sys; from dbllm_cli.app import run; run(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'numpy', 'pandas'};"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)"
     )

@@ -76,8 +76,8 @@ def begin_or_resume(
         return here
     if compute_dtype == "auto":
         here = replace(here, compute_dtype=faster_dtype(device))
-        if here.compute_dtype == "float32":
-            progress.note(f"products in float32: {device} is slower in bfloat16")
+        other = "bfloat16" if here.compute_dtype == "float32" else "float32"
+        progress.note(f"products in {here.compute_dtype}: {device} is slower in {other}")
     part = path.with_suffix(".part")
     part.write_text(json.dumps(asdict(here)))
     rename_durably(part, path)

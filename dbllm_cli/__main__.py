@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from types import FrameType
 
 _INTERRUPTED, _STOPPED = 130, 75
@@ -18,6 +19,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _end)
     # torch reads it when it is imported: what Apple's GPUs lack (frexp, eigh) runs on the CPU.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A path may hold bytes that are no text: they are printed as they are.
+        sys.stdout.reconfigure(errors="surrogateescape")
     from dbllm_cli.app import run
 
     try:

@@ -22,6 +22,7 @@ from dbllm_cli.pipeline.run import run_stage
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.stages.spec import STAGES
 from dbllm_cli.store import Artifact, resolve_input
+from dbllm_cli.store.manifest import build_manifest
 from tests.conftest import Workshop
 from tests.tiny_models import save_model, save_tokenizer
 
@@ -225,7 +226,8 @@ def test_a_student_that_gives_no_numbers_ends_the_stage(
 ) -> None:
     start = training["student"]
     folder = with_changed_tensor(start.path, tmp_path / "bad", "model.norm.weight", math.nan)
-    broken = Artifact(folder, "fdb", "1" * 64, start.manifest)
+    manifest = build_manifest(folder, "fdb", start.manifest["lineage"], {})
+    broken = Artifact(folder, "fdb", "1" * 64, manifest)
     with pytest.raises(DbllmError) as caught:
         fresh.run("distill", training | {"student": broken}, steps=1)
     assert isinstance(caught.value, StageFailedError | ArtifactCorruptError)

@@ -155,7 +155,7 @@ def _show_run(console: Console, pipeline: Pipeline, run: PipelineRun, as_json: b
             outcome.step,
             "made" if outcome.ran else "up to date",
             seconds_text(outcome.seconds),
-            f"{outcome.artifact.manifest['provenance']['peak_memory_mib']:.0f} MiB",
+            f"{outcome.artifact.record.provenance.peak_memory_mib:.0f} MiB",
             outcome.artifact.path,
             _figures(outcome.metrics),
         )

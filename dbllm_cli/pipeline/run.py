@@ -1,6 +1,5 @@
 """Running a stage or a pipeline: what is there is skipped, the rest is made under a lock."""
 
-import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +8,6 @@ from typing import Any
 
 from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import (
-    ArtifactCorruptError,
     ArtifactMissingError,
     DbllmError,
     StageFailedError,
@@ -24,7 +22,14 @@ from dbllm_cli.pipeline.wiring import MODEL
 from dbllm_cli.progress import Progress
 from dbllm_cli.stages.context import Context, Result, members
 from dbllm_cli.stages.spec import AnyStage
-from dbllm_cli.store import Artifact, Store, canonical_json, lineage_key, resolve_model
+from dbllm_cli.store import (
+    Artifact,
+    Store,
+    canonical_json,
+    lineage_key,
+    read_object,
+    resolve_model,
+)
 from dbllm_cli.store.disk import disk_errors, disk_full_error, is_disk_full
 
 METRICS = "metrics.json"
@@ -116,7 +121,7 @@ def run_stage(
 
     Raises:
         ArtifactMissingError: an input is missing or of the wrong kind.
-        ArtifactCorruptError: the stored artifact is damaged.
+        ArtifactCorruptError: the stored artifact or an input is damaged.
         ConfigError: a setting doesn't fit the inputs, a file that the settings name is missing, or
             the store can't be written.
         StageFailedError: the disk or the memory ran out, or another run makes the same and there is
@@ -244,6 +249,7 @@ def _check_inputs(spec: AnyStage, inputs: Mapping[str, Artifact]) -> None:
 
 def _make(making: _Making, lineage: Lineage) -> Outcome:
     store, key = making.store, lineage_key(lineage)
+    store.require_whole(making.inputs.values(), making.progress)
     recorder = Recorder(making.device)
     scratch = store.scratch(key)
     staging = store.staging()
@@ -286,15 +292,8 @@ def _metrics_text(step: str, metrics: dict[str, Any]) -> str:
 
 
 def _outcome(step: str, artifact: Artifact, *, ran: bool) -> Outcome:
-    try:
-        metrics = json.loads((artifact.path / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactCorruptError(
-            f"artifact {artifact.path} is damaged: its {METRICS} can't be read: {error}",
-            f"see all of the damage with `dbllm verify {artifact.path}`",
-        ) from error
-    seconds = float(artifact.manifest["provenance"].get("seconds", 0.0))
-    return Outcome(step, artifact, ran, seconds, metrics)
+    metrics = read_object(artifact, METRICS)
+    return Outcome(step, artifact, ran, artifact.record.provenance.seconds, metrics)
 
 
 @contextmanager

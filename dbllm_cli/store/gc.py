@@ -45,7 +45,7 @@ def reachable(store: Store, roots: Iterable[Artifact]) -> set[Path]:
         artifact = waiting.pop()
         if artifact.path not in found:
             found.add(artifact.path)
-            for digest in artifact.manifest["lineage"]["inputs"].values():
+            for digest in artifact.record.lineage.inputs.values():
                 waiting += by_digest.get(digest, [])
     return found
 

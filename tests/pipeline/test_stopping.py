@@ -27,7 +27,7 @@ from dbllm_cli.pipeline.run import run_stage
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.stages.context import Result
 from dbllm_cli.stages.spec import StageSpec
-from dbllm_cli.store import Store, store as store_module
+from dbllm_cli.store import Store, disk
 
 mode = sys.argv[2]
 
@@ -58,7 +58,7 @@ def dying(step):
 
 if mode.isdigit():
     left = int(mode)
-    store_module.sync = dying(store_module.sync)
+    disk.sync = dying(disk.sync)
     Path.rename = dying(Path.rename)
 
 module = sys.modules["dbllm_cli.stages.slow"] = ModuleType("dbllm_cli.stages.slow")

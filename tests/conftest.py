@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dbllm_cli.pipeline.run import Outcome, run_stage
+from dbllm_cli.pipeline.stage import Outcome, run_stage
 from dbllm_cli.progress import Progress, SilentProgress
 from dbllm_cli.stages.spec import STAGES
 from dbllm_cli.store import Artifact, Store, resolve_model

@@ -18,7 +18,7 @@ from dbllm_cli.errors import (
     DbllmError,
     StageFailedError,
 )
-from dbllm_cli.pipeline.run import run_stage
+from dbllm_cli.pipeline.stage import run_stage
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.stages.spec import STAGES
 from dbllm_cli.store import Artifact, resolve_input

@@ -9,7 +9,7 @@ import typer
 from dbllm_cli.commands.options import JsonOption, StoreOption
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text, size_text, value_text
 from dbllm_cli.errors import ArtifactCorruptError
-from dbllm_cli.pipeline.run import METRICS
+from dbllm_cli.pipeline.stage import METRICS
 from dbllm_cli.store import Artifact, DamagedArtifact, Store, read_object
 from dbllm_cli.store.store import DEFAULT_ROOT
 

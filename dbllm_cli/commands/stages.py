@@ -17,7 +17,7 @@ from dbllm_cli.commands.options import (
     config_parameters,
 )
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text
-from dbllm_cli.pipeline.run import Outcome, run_stage
+from dbllm_cli.pipeline.stage import Outcome, run_stage
 from dbllm_cli.stages.spec import STAGES, AnyStage, Slot
 from dbllm_cli.store import Artifact, Store, resolve_input
 from dbllm_cli.store.store import DEFAULT_ROOT

@@ -23,7 +23,7 @@ from types import ModuleType
 
 from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import DbllmError
-from dbllm_cli.pipeline.run import run_stage
+from dbllm_cli.pipeline.stage import run_stage
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.stages.context import Result
 from dbllm_cli.stages.spec import StageSpec

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbllm_cli.blockwise.finished_blocks import BlockReport
 from dbllm_cli.blockwise.gptq import GptqOptions, GptqStart, names_layer
 from dbllm_cli.blockwise.layer_inputs import uncalled_layers
 from dbllm_cli.blockwise.streamed_model import StreamedModel
-from dbllm_cli.blockwise.streams import BlockReport
 from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
@@ -72,7 +72,7 @@ def run(
         start = GptqStart(options_from(config, GptqOptions), teacher, layers, ctx.scratch)
         sequences = calibration.train[: config.num_samples]
         blocks_report = start.quantize_all(sequences, ctx.progress)
-        quantized = start.finished_layers()
+        quantized = start.finished.layers()
     else:
         environment = environment_here(ctx.device, "float32")
         quantized = _fitted_layers(config, folder, layers, means, ctx)

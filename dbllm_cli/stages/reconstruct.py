@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 from dbllm_cli.blockwise.reconstruction import BlockTraining, BlockTrainingOptions
 from dbllm_cli.blockwise.streamed_model import StreamedModel
-from dbllm_cli.blockwise.streams import finished_layers
 from dbllm_cli.configs import ReconstructConfig
 from dbllm_cli.llm.models import model_folder
 from dbllm_cli.llm.quantized_folder import PackedFolder, write_requantized
@@ -38,8 +37,7 @@ def run(
     training = BlockTraining(options, student, teacher, ctx.scratch, ctx.progress)
     calibration = open_calibration(inputs["calibration"])
     report = training.train_all(calibration.train[: config.num_samples])
-    finished = finished_layers(teacher, ctx.scratch, student.group_size, student.levels)
-    write_requantized(student, ctx.out, finished)
+    write_requantized(student, ctx.out, training.finished.layers())
     means = calibration.input_mean_squares
     layers = write_layer_report(ctx.out, folder, means, ctx.trust_remote_code)
     errors = [block["error_after"] for block in report]

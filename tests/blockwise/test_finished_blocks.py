@@ -1,0 +1,67 @@
+"""What a walk over the blocks writes, and that it goes on from it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from dbllm_cli.records import checkpoints
+from dbllm_cli.store import Artifact
+from tests.conftest import Workshop
+from tests.stages.conftest import KilledAndResumed, killed_and_resumed
+from tests.tiny_models import FAMILIES, build_model, save_tokenizer
+
+__all__ = ["killed_and_resumed"]
+BLOCKS = 6
+SETTINGS: dict[str, dict[str, Any]] = {
+    "init-fdb": {"method": "gptq", "batch_size": 3},
+    "reconstruct": {"batch_size": 3, "passes": 1, "warmup_steps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """A model of six blocks, its calibration and its start."""
+    folder = tmp_path_factory.mktemp("deep")
+    config = LlamaConfig(**(FAMILIES["llama"]().to_dict() | {"num_hidden_layers": BLOCKS}))
+    build_model(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    model = workshop.model(folder)
+    given = {"model": model, "calibration": workshop.calibrate(model)}
+    return given | {"student": workshop.make("init-fdb", given)}
+
+
+def inputs_of(stage: str, inputs: dict[str, Artifact]) -> dict[str, Artifact]:
+    return {slot: item for slot, item in inputs.items() if stage != "init-fdb" or slot != "student"}
+
+
+@pytest.mark.parametrize("stage", list(SETTINGS))
+@pytest.mark.parametrize("kept", ["report-3", "streams-4", "report-5"])
+def test_killed_at_any_block_it_ends_with_the_same_bytes(
+    workshop: Workshop,
+    killed_and_resumed: KilledAndResumed,
+    inputs: dict[str, Artifact],
+    stage: str,
+    kept: str,
+) -> None:
+    given, settings = inputs_of(stage, inputs), SETTINGS[stage]
+    resumed = killed_and_resumed(stage, given, f".scratch/*/{kept}/state.json", **settings)
+    assert resumed.digest == workshop.make(stage, given, **settings).digest
+
+
+@pytest.mark.parametrize("stage", list(SETTINGS))
+def test_the_hidden_states_are_written_after_every_fourth_block_only(
+    fresh: Workshop, inputs: dict[str, Artifact], stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[torch.Size] = []
+
+    def record(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        written.extend(t.shape for name, t in tensors.items() if name in ("teacher", "student"))
+        save(tensors, path)
+
+    save = checkpoints.save_tensors
+    monkeypatch.setattr(checkpoints, "save_tensors", record)
+    fresh.make(stage, inputs_of(stage, inputs), **SETTINGS[stage])
+    assert written == [torch.Size([6, 24, 64])] * 2

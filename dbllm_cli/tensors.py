@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,8 @@ from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 
 _METADATA = {"format": "pt"}
 _COPY_AGAIN = "copy or download the file again"
+_OPEN_BYTES = 256 * 2**20
+"""Read from a file before it is opened anew: while it is open, what was read counts as memory."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -40,6 +42,8 @@ class TensorFolder:
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder = folder
+        self._open: tuple[Path, Any] | None = None
+        self._read_bytes = 0
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
             weight_map = _weight_map(index)
@@ -62,14 +66,17 @@ class TensorFolder:
 
     def get(self, name: str) -> Tensor:
         """One tensor, on the CPU in its stored dtype."""
-        with _opened(self._files[name]) as file:
-            try:
-                tensor: Tensor = file.get_tensor(name)
-            except SafetensorError as error:
-                raise ArtifactCorruptError(
-                    f"{self._files[name]} has no tensor {name}, which its index names", _COPY_AGAIN
-                ) from error
-            return tensor
+        path = self._files[name]
+        if self._open is None or self._open[0] != path or self._read_bytes >= _OPEN_BYTES:
+            self._open, self._read_bytes = (path, _opened(path)), 0
+        try:
+            tensor: Tensor = self._open[1].get_tensor(name)
+        except SafetensorError as error:
+            raise ArtifactCorruptError(
+                f"{path} has no tensor {name}, which its index names", _COPY_AGAIN
+            ) from error
+        self._read_bytes += tensor.nbytes
+        return tensor
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one at a time."""

@@ -71,7 +71,7 @@ class StreamedModel:
         return block.requires_grad_(False)
 
     def matrix(self, name: str) -> Tensor:
-        """The stored weights of a linear layer in a loaded block, float32 `[out, in]` on the device.
+        """A linear layer of a loaded block as it is stored, float32 `[out, in]` on the device.
 
         The block's own may have been rounded to the model's dtype.
         """

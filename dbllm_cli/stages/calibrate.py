@@ -14,7 +14,6 @@ from dbllm_cli.llm.models import (
     Model,
     Tokenizer,
     load_model,
-    load_tokenizer,
     model_folder,
     module_tensor_names,
     require_device,
@@ -30,6 +29,7 @@ from dbllm_cli.llm.text import (
     tokens_digest,
     windows,
 )
+from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.calibration import Calibration
 from dbllm_cli.records.checkpoints import keep_tensors
 from dbllm_cli.records.environment import begin_or_resume, torch_dtype

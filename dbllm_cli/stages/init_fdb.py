@@ -22,7 +22,6 @@ from dbllm_cli.llm.models import (
     copy_other_files,
     empty_model,
     load_config,
-    load_tokenizer,
     model_folder,
     module_tensor_names,
 )
@@ -31,6 +30,7 @@ from dbllm_cli.llm.quantized_folder import (
     quantized_config,
     write_quantized,
 )
+from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.calibration import open_calibration, require_same_model
 from dbllm_cli.records.environment import begin_or_resume, environment_here, torch_dtype
 from dbllm_cli.records.layers import over_all_layers, show_layers, write_layer_report

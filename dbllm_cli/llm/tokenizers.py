@@ -1,12 +1,12 @@
 """Opening a model's tokenizer, and telling why it can't be opened."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from dbllm_cli.errors import (
     ArtifactCorruptError,
@@ -80,10 +80,11 @@ def _cause_without_tokenizer_json(
         )
     if not files.intersection(_VOCABULARIES):
         return _missing(folder)
-    if "tokenizer.model" in files and importlib.util.find_spec("sentencepiece") is None:
+    reads = is_sentencepiece_available() and is_protobuf_available()
+    if "tokenizer.model" in files and not reads:
         return ConfigError(
-            f"{folder / 'tokenizer.model'} needs the package sentencepiece",
-            "pip install sentencepiece, or copy the model's tokenizer.json into the folder",
+            f"{folder / 'tokenizer.model'} needs the packages sentencepiece and protobuf",
+            "pip install sentencepiece protobuf, or copy the model's tokenizer.json into it",
         )
     return _unreadable(folder, error)
 

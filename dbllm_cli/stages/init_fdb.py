@@ -55,13 +55,15 @@ def run(
         StageFailedError: a scale is not finite in float16.
     """
     require_same_model(inputs)
+    calibration = None
+    if "calibration" in inputs:
+        calibration = open_calibration(inputs["calibration"], config.num_samples)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
     load_tokenizer(folder, ctx.trust_remote_code)
     model = empty_model(load_config(folder, ctx.trust_remote_code), ctx.trust_remote_code)
     blocks = find_blocks(model)
     layers = select_layers(blocks, config.include, config.exclude)
     _require_calls(model, layers)
-    calibration = open_calibration(inputs["calibration"]) if "calibration" in inputs else None
     means = {} if calibration is None else calibration.input_mean_squares
     blocks_report: BlockReport | None = None
     if config.method == "gptq":
@@ -70,8 +72,7 @@ def run(
         dtype = torch_dtype(environment.compute_dtype)
         teacher = StreamedModel(folder, ctx.device, ctx.trust_remote_code, dtype)
         start = GptqStart(options_from(config, GptqOptions), teacher, layers, ctx.scratch)
-        sequences = calibration.train[: config.num_samples]
-        blocks_report = start.quantize_all(sequences, ctx.progress)
+        blocks_report = start.quantize_all(calibration.train, ctx.progress)
         quantized = start.finished.layers()
     else:
         environment = environment_here(ctx.device, "float32")

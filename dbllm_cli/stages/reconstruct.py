@@ -28,6 +28,7 @@ def run(
         StageFailedError: a loss is not finite.
     """
     require_same_model(inputs)
+    calibration = open_calibration(inputs["calibration"], config.num_samples)
     environment = begin_or_resume(ctx.scratch, ctx.device, config.compute_dtype, ctx.progress)
     dtype = torch_dtype(environment.compute_dtype)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
@@ -35,8 +36,7 @@ def run(
     student = PackedFolder(inputs["student"].path)
     options = options_from(config, BlockTrainingOptions)
     training = BlockTraining(options, student, teacher, ctx.scratch, ctx.progress)
-    calibration = open_calibration(inputs["calibration"])
-    report = training.train_all(calibration.train[: config.num_samples])
+    report = training.train_all(calibration.train)
     write_requantized(student, ctx.out, training.finished.layers())
     means = calibration.input_mean_squares
     layers = write_layer_report(ctx.out, folder, means, ctx.trust_remote_code)

@@ -11,7 +11,7 @@ from dbllm_cli.records import checkpoints
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
 from tests.stages.conftest import KilledAndResumed, killed_and_resumed
-from tests.tiny_models import FAMILIES, build_model, save_tokenizer
+from tests.tiny_models import FAMILIES, build_model, save_model, save_tokenizer
 
 __all__ = ["killed_and_resumed"]
 BLOCKS = 6
@@ -49,6 +49,19 @@ def test_killed_at_any_block_it_ends_with_the_same_bytes(
     given, settings = inputs_of(stage, inputs), SETTINGS[stage]
     resumed = killed_and_resumed(stage, given, f".scratch/*/{kept}/state.json", **settings)
     assert resumed.digest == workshop.make(stage, given, **settings).digest
+
+
+def test_a_block_that_runs_again_has_the_biases_and_norms_of_the_student(
+    workshop: Workshop, killed_and_resumed: KilledAndResumed, tmp_path: Path
+) -> None:
+    model = workshop.model(save_model(tmp_path / "qwen2", "qwen2"))
+    given = {"model": model, "calibration": workshop.calibrate(model)}
+    given["student"] = workshop.make("init-fdb", given)
+    fast = {"steps": 6, "warmup_steps": 0, "unquantized_lr": 0.1, "eval_every": 6}
+    given["student"] = workshop.make("distill", given, **fast)
+    settings = SETTINGS["reconstruct"]
+    resumed = killed_and_resumed("reconstruct", given, ".scratch/*/report-1/state.json", **settings)
+    assert resumed.digest == workshop.make("reconstruct", given, **settings).digest
 
 
 @pytest.mark.parametrize("stage", list(SETTINGS))

@@ -129,8 +129,6 @@ class BlockTraining:
         if layers:
             window += self._following(index, targets, streams)
             self._optimize(window, layers, streams, task)
-        for following in window[1:]:
-            self.model.drop_block(following.place)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
         latents = {name: layer.latent for name, layer in layers.items()}
         kept = latents if self.options.keep_latents else None
@@ -151,7 +149,7 @@ class BlockTraining:
         )
 
     def _following(self, index: int, entering: Tensor, streams: BlockStreams) -> list[_Matched]:
-        """The next block, where the window has two and the model goes on."""
+        """The next block, where the window has two and the model goes on; it stays loaded."""
         following = index + 1
         if self.options.window == 1 or following == len(self.model.blocks):
             return []

@@ -62,12 +62,13 @@ class StreamedModel:
         set_module_tensor_to_device(module, name, self.device, value=tensor, dtype=tensor.dtype)
 
     def load_block(self, index: int) -> nn.Module:
-        """A block with its weights, in the model's dtype, on the device."""
+        """A block with its weights, in the model's dtype, on the device; not read if there."""
         block = self.blocks.modules[index]
         for name in list(block.state_dict()):
             full = f"{self.blocks.name(index)}.{name}"
-            self._stored[full] = self.tensors.get(full)
-            self._load(block, name, self._stored[full])
+            if full not in self._stored:
+                self._stored[full] = self.tensors.get(full)
+                self._load(block, name, self._stored[full])
         return block.requires_grad_(False)
 
     def matrix(self, name: str) -> Tensor:

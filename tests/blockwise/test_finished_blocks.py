@@ -1,5 +1,7 @@
 """What a walk over the blocks writes, and that it goes on from it."""
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from transformers import LlamaConfig
 
 from dbllm_cli.records import checkpoints
 from dbllm_cli.store import Artifact
+from dbllm_cli.tensors import TensorFolder
 from tests.conftest import Workshop
 from tests.stages.conftest import KilledAndResumed, killed_and_resumed
 from tests.tiny_models import FAMILIES, build_model, save_model, save_tokenizer
@@ -78,3 +81,35 @@ def test_the_hidden_states_are_written_after_every_fourth_block_only(
     monkeypatch.setattr(checkpoints, "save_tensors", record)
     fresh.make(stage, inputs_of(stage, inputs), **SETTINGS[stage])
     assert written == [torch.Size([6, 24, 64])] * 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("init-fdb", {}),
+        ("reconstruct", {"window": 1, "sensitivity_power": 0, "position_power": 0}),
+        ("reconstruct", {"window": 2, "sensitivity_power": 0, "position_power": 0}),
+    ],
+)
+def test_a_block_of_the_teacher_is_read_once_by_the_walk_and_its_layers_by_the_report(
+    fresh: Workshop,
+    inputs: dict[str, Artifact],
+    stage: str,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads: Counter[str] = Counter()
+    get = TensorFolder.get
+
+    def record(self: TensorFolder, name: str) -> torch.Tensor:
+        if self.folder == inputs["model"].path and ".layers." in name:
+            reads[name] += 1
+        return get(self, name)
+
+    monkeypatch.setattr(TensorFolder, "get", record)
+    outcome = fresh.run(stage, inputs_of(stage, inputs), **SETTINGS[stage], **settings)
+    layers = json.loads((outcome.artifact.path / "layers.json").read_text())
+    assert len(layers) == 7 * BLOCKS
+    assert {name for name, count in reads.items() if count == 2} >= {f"{n}.weight" for n in layers}
+    # init-fdb copies the norms.
+    assert max(reads.values()) == 2

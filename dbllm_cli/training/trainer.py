@@ -61,7 +61,6 @@ class TrainerOptions:
     unquantized_lr: float
     warmup_steps: int
     clip: float
-    num_samples: int | None
     eval_every: int
     patience: int
     save_every: int
@@ -102,7 +101,7 @@ class Trainer:
         self.teacher, self.model = models
         self.device = self.model.device
         self.calibration = calibration
-        self.sequences = calibration.train[: options.num_samples]
+        self.sequences = calibration.train
         self.batches = Batches(len(self.sequences), options.batch_size, options.seed)
         to_logits = head(self.model), head(self.teacher)
         self.loss = DistillationLoss(

@@ -1,6 +1,7 @@
 """Command line options: those shared by commands, and those made from a stage's settings."""
 
 import re
+import reprlib
 from collections.abc import Mapping
 from inspect import Parameter
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from dbllm_cli.configs import InputFile, StageConfig
+from dbllm_cli.configs import NO_EFFECT, InputFile, Needs, StageConfig
 from dbllm_cli.errors import UsageError
 
 _BOUNDS = {
@@ -26,7 +27,7 @@ ConfigType = TypeVar("ConfigType", bound=StageConfig)
 
 
 def _known_device(device: str) -> str:
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", device):
         raise typer.BadParameter(f"{device!r} is not one of cpu, cuda, cuda:N, mps, xpu.")
     return device
 
@@ -128,12 +129,18 @@ def _help(field: FieldInfo) -> str:
         for name, text in _BOUNDS.items()
         if getattr(rule, name, None) is not None
     ]
+    bounds += [
+        f"needs {rule.text(option_name)}" for rule in field.metadata if isinstance(rule, Needs)
+    ]
     description = field.description or ""
     return f"{description} ({', '.join(bounds)})" if bounds else description
 
 
 def _problem(error: Any) -> str:
     message = plain_message(error["msg"])
+    if error["type"] == NO_EFFECT:
+        setting, mark = error["ctx"]["setting"], error["ctx"]["mark"]
+        return f"{option_name(setting)} has no effect here: it needs {mark.text(option_name)}"
     if not error["loc"]:
         return message
-    return f"{option_name(str(error['loc'][0]))}: {message}, got {error['input']!r}"
+    return f"{option_name(str(error['loc'][0]))}: {message}, got {reprlib.repr(error['input'])}"

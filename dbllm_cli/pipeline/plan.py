@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, DbllmError
 from dbllm_cli.pipeline.file import Pipeline, Step
-from dbllm_cli.pipeline.lineage import Lineage, keyed_config, lineage_of
+from dbllm_cli.pipeline.lineage import Lineage, lineage_of
 from dbllm_cli.pipeline.nearest import nearest
 from dbllm_cli.pipeline.wiring import MODEL
 from dbllm_cli.store import Artifact, Store, lineage_key, resolve_model
@@ -16,6 +16,7 @@ Action = Literal["run", "up to date", "left out"]
 
 
 _NEVER_RUN = "never run"
+_KEYED_OTHERWISE = "the key of an older dbllm"
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,8 @@ def _planned(
 def _changes(
     step: Step, known: Mapping[str, Artifact], store: Store, made: list[Artifact]
 ) -> list[str]:
-    now: Lineage = {
-        "stage_version": step.stage.version,
-        "config": keyed_config(step.config, store),
-        "inputs": {name: known[source].digest for name, source in _wires(step) if source in known},
-    }
+    inputs = {name: known[source] for name, source in _wires(step) if source in known}
+    now = lineage_of(step.stage, step.config, inputs, store)
     past = [
         artifact
         for artifact in made
@@ -160,20 +158,21 @@ def _changes(
         _differences(artifact.manifest["lineage"], now, step)
         for artifact in sorted(past, key=_started, reverse=True)
     ]
-    return min(differences, key=len)
+    return min(differences, key=len) or [_KEYED_OTHERWISE]
 
 
 def _differences(then: Lineage, now: Lineage, step: Step) -> list[str]:
     found = []
     if then["stage_version"] != now["stage_version"]:
         found.append(f"stage version changed: {then['stage_version']} -> {now['stage_version']}")
-    for name, value in now["config"].items():
-        old = then["config"].get(name)
-        if name not in then["config"]:
-            found.append(f"setting added: {name}")
-        elif old != value:
-            found.append(f"setting changed: {name} {_shown(old)} -> {_shown(value)}")
-    found += [f"setting removed: {name}" for name in then["config"] if name not in now["config"]]
+    found += _changed_packages(then.get("packages", {}), now.get("packages", {}))
+    defaults = step.stage.config().model_dump(mode="json")
+    before, after = defaults | then["config"], defaults | now["config"]
+    for name, old in before.items():
+        if name not in after:
+            found.append(f"setting removed: {name}")
+        elif old != after[name]:
+            found.append(f"setting changed: {name} {_shown(old)} -> {_shown(after[name])}")
     wires = {name for name, _ in _wires(step)}
     for name in sorted(wires | set(then["inputs"])):
         if name not in wires:
@@ -183,6 +182,14 @@ def _differences(then: Lineage, now: Lineage, step: Step) -> list[str]:
         elif name in now["inputs"] and then["inputs"][name] != now["inputs"][name]:
             found.append(f"input changed: {name}")
     return found
+
+
+def _changed_packages(then: Mapping[str, str], now: Mapping[str, str | None]) -> list[str]:
+    return [
+        f"{name} changed: {then.get(name) or 'none'} -> {version or 'none'}"
+        for name, version in now.items()
+        if then.get(name) != version
+    ]
 
 
 def _shown(value: Any) -> str:

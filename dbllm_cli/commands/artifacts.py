@@ -181,9 +181,8 @@ def _show_manifest(console: Console, artifact: Artifact) -> None:
     ]
     console.print_table(("", ""), rows)
     console.print_line("\nsettings")
-    console.print_table(
-        ("", ""), list(_flat(provenance.get("settings", lineage.get("config", {}))))
-    )
+    settings = provenance.get("settings", lineage.get("config", {}))
+    console.print_table(("", ""), list(_flat(settings)))
 
 
 def _size(artifact: Artifact) -> int:

@@ -129,9 +129,8 @@ def _help(field: FieldInfo) -> str:
         for name, text in _BOUNDS.items()
         if getattr(rule, name, None) is not None
     ]
-    bounds += [
-        f"needs {rule.text(option_name)}" for rule in field.metadata if isinstance(rule, Needs)
-    ]
+    needs = [rule for rule in field.metadata if isinstance(rule, Needs)]
+    bounds += [f"needs {rule.text(option_name)}" for rule in needs]
     description = field.description or ""
     return f"{description} ({', '.join(bounds)})" if bounds else description
 

@@ -138,7 +138,7 @@ def _planned(
     changes = _changes(step, known, store, made) if not reasons or inputs is None else []
     # That a step never ran is reason enough: the steps before it say the rest.
     reasons += changes if changes == [_NEVER_RUN] else waiting + changes
-    return PlannedStep(step, "run", tuple(reasons), key, folder)
+    return PlannedStep(step, "run", tuple(reasons) or (_KEYED_OTHERWISE,), key, folder)
 
 
 def _changes(
@@ -158,7 +158,7 @@ def _changes(
         _differences(artifact.manifest["lineage"], now, step)
         for artifact in sorted(past, key=_started, reverse=True)
     ]
-    return min(differences, key=len) or [_KEYED_OTHERWISE]
+    return min(differences, key=len)
 
 
 def _differences(then: Lineage, now: Lineage, step: Step) -> list[str]:

@@ -183,8 +183,6 @@ def _value(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
 def _scalar(node: yaml.ScalarNode) -> Any:
     text = str(node.value)
     if node.tag == _TEXT:
-        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise _unreadable(node, "half of a surrogate pair is no character")
         return text
     # A tag that is written out may not fit what it stands before.
     pattern = _SCALARS.get(node.tag, ("", []))[0]

@@ -160,7 +160,7 @@ def test_a_wrong_override_is_shown_as_it_was_given(
         ("eval-ppl: {inputs: {model: model}}", "no text, no dataset and no calibration"),
         (
             "eval-ppl: {inputs: {model: model, calibration: calibrate}, config: {stride: 8}}",
-            "stride has no effect on the held-out part",
+            "stride of step eval-ppl has no effect: it needs protocol strided",
         ),
         (
             "eval-ppl: {inputs: {model: model, calibration: calibrate}, config: {text: x}}",

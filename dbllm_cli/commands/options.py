@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from dbllm_cli.configs import NO_EFFECT, InputFile, Needs, StageConfig
 from dbllm_cli.errors import UsageError
+from dbllm_cli.machine.paths import path_problem
 
 _BOUNDS = {
     "gt": "> {}",
@@ -32,10 +33,24 @@ def _known_device(device: str) -> str:
     return device
 
 
+def possible_path(value: Any) -> Any:
+    """Refuse a path, or one of several, that the system can't hold.
+
+    Raises:
+        BadParameter: it is too long, holds a NUL, or is not UTF-8 text.
+    """
+    for each in value if isinstance(value, list) else [value]:
+        problem = "" if each is None else path_problem(str(each))
+        if problem:
+            raise typer.BadParameter(f"{reprlib.repr(str(each))} can't be a path: {problem}.")
+    return value
+
+
 StoreOption = Annotated[
     Path,
     typer.Option(
         "--store",
+        callback=possible_path,
         envvar="DBLLM_STORE",
         file_okay=False,
         help="folder of the artifacts",

@@ -14,6 +14,7 @@ from dbllm_cli.commands.options import (
     TrustOption,
     build_config,
     config_parameters,
+    possible_path,
 )
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text
 from dbllm_cli.pipeline.run import Outcome, run_stage
@@ -63,11 +64,15 @@ def _slot_parameter(slot: Slot) -> Parameter:
     default: Any
     annotation: Any
     if slot.many:
-        default = typer.Option([], help=slot.help, metavar="<artifact>, repeatable")
+        default = typer.Option(
+            [], help=slot.help, metavar="<artifact>, repeatable", callback=possible_path
+        )
         annotation = list[str]
     else:
         given = ... if slot.required else None
-        default = typer.Argument(given, help=slot.help, metavar=slot.name.upper())
+        default = typer.Argument(
+            given, help=slot.help, metavar=slot.name.upper(), callback=possible_path
+        )
         annotation = str if slot.required else str | None
     return Parameter(slot.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

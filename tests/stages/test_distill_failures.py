@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from dbllm_cli.configs import DistillConfig
 from dbllm_cli.errors import DbllmError, StageFailedError
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
@@ -59,8 +57,3 @@ def test_a_teacher_that_gives_no_numbers_ends_the_stage(
         fresh.make("distill", training | {"model": broken}, **SETTINGS)
     assert caught.value.exit_code in (5, 6)
     assert "please report" not in caught.value.hint
-
-
-def test_latent_weights_that_are_not_trained_can_t_be_kept() -> None:
-    with pytest.raises(ValidationError, match="keep_latents needs train weights"):
-        DistillConfig(keep_latents=True)

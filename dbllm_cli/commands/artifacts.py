@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dbllm_cli.commands.options import JsonOption, StoreOption
+from dbllm_cli.commands.options import JsonOption, StoreOption, possible_path
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text, size_text, value_text
 from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.pipeline.run import METRICS
@@ -15,11 +15,20 @@ from dbllm_cli.store import Artifact, DamagedArtifact, Store
 from dbllm_cli.store.store import DEFAULT_ROOT
 
 ArtifactArgument = Annotated[
-    str, typer.Argument(metavar="ARTIFACT", help="path of an artifact, or its name in the store")
+    str,
+    typer.Argument(
+        metavar="ARTIFACT",
+        callback=possible_path,
+        help="path of an artifact, or its name in the store",
+    ),
 ]
 OptionalArtifactArgument = Annotated[
     str | None,
-    typer.Argument(metavar="ARTIFACT", help="path or name of one artifact; all when absent"),
+    typer.Argument(
+        metavar="ARTIFACT",
+        callback=possible_path,
+        help="path or name of one artifact; all when absent",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ from dbllm_cli.commands.options import (
     ModelRevisionOption,
     StoreOption,
     TrustOption,
+    possible_path,
 )
 from dbllm_cli.configs.base import LONGEST, MOST, STRONGEST
 from dbllm_cli.console import Console
@@ -20,6 +21,7 @@ ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
+        callback=possible_path,
         help="a model (folder, hub id, .gguf, builtin:NAME) or an fdb or packed artifact",
     ),
 ]

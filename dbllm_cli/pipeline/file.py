@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from dbllm_cli.configs import NO_EFFECT, StageConfig
 from dbllm_cli.errors import ConfigError
+from dbllm_cli.machine.paths import path_problem
 from dbllm_cli.pipeline.nearest import nearest
 from dbllm_cli.pipeline.wiring import MODEL, Draft, Wires, in_order, read_wires
 from dbllm_cli.pipeline.yaml_file import Document, Place, read_yaml
@@ -181,6 +182,11 @@ def _read_model(document: Document) -> ModelReference:
             (MODEL, "path"),
             f"path of model must be a string, got {path!r}",
             "a folder, a hub id, a .gguf file or builtin:smollm2-135m",
+        )
+    problem = path_problem(path)
+    if problem:
+        raise document.error(
+            (MODEL, "path"), f"path of model, {reprlib.repr(path)}, can't be a path: {problem}"
         )
     if revision is not None and not isinstance(revision, str):
         raise document.error(

@@ -26,6 +26,8 @@ _COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _LARGEST = 1_000_000
 """Bytes of a file: the largest that we ship has 10,000."""
 _MOST_DIGITS = 100
+_SHOWN = 200
+"""Most characters of a line in an error."""
 _SYNTAX_HINT = "check the brackets, colons and indentation here and on the line before"
 
 
@@ -70,7 +72,7 @@ class Document:
         if place in self.overrides:
             return ConfigError(f"--set {self.overrides[place]}: {problem}", hint)
         line = self.lines.get(place, 1)
-        shown = self.text[line - 1].strip() if line <= len(self.text) else ""
+        shown = self.text[line - 1].strip()[:_SHOWN] if line <= len(self.text) else ""
         return ConfigError(f"{self.path}:{line}: {problem}\n  {line} | {shown}", hint)
 
     def set(self, place: Place, text: str, *, as_text: bool) -> None:

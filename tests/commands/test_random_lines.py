@@ -39,7 +39,7 @@ def options(spec: AnyStage, chance: random.Random) -> Iterator[str]:
 def test_a_stage_with_random_options_never_ends_with_a_bug(
     stage: str, dbllm: DbllmCall, stage_calls: list[Call], model: str, offline: None
 ) -> None:
-    chance = random.Random(f"options of {stage}")
+    chance = random.Random(f"options of {stage}")  # noqa: S311 -- choices of tests
     spec = STAGES[stage]
     made = {"model": model, "calibration": dbllm("calibrate", model).path}
     made["student"] = made["fdb"] = dbllm("init-fdb", model).path
@@ -64,7 +64,7 @@ def test_a_command_with_random_names_never_ends_with_a_bug(
     offline: None,
     tmp_path: Path,
 ) -> None:
-    chance = random.Random(f"names for {command}")
+    chance = random.Random(f"names for {command}")  # noqa: S311 -- choices of tests
     (tmp_path / "steps.yaml").write_text(STEP)
     dbllm("run", "steps.yaml")
     own = {
@@ -72,8 +72,9 @@ def test_a_command_with_random_names_never_ends_with_a_bug(
         "status": ("--set",),
         "generate": ("--max-new-tokens", "--temperature", "--top-k", "--seed", "--device"),
     }
-    fields = [f"{stage}.{name}" for stage in ("calibrate", "init-fdb", "model", "x")
-              for name in ("seed", "text", "separator", "batch_size", "exclude", "path", "revision")]  # fmt: skip
+    names = ("seed", "text", "separator", "batch_size", "exclude", "path", "revision")
+    steps = ("calibrate", "init-fdb", "model", "x")
+    fields = [f"{step}.{name}" for step in steps for name in names]
     for _ in range(30):
         line = [command]
         for name in chance.choices((*own.get(command, ()), "--store"), k=chance.randint(0, 2)):

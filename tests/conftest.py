@@ -38,7 +38,8 @@ class Workshop:
         **settings: Any,
     ) -> Outcome:
         spec = STAGES[stage]
-        if "compute_dtype" in spec.config.model_fields:
+        has_effect = stage != "init-fdb" or settings.get("method") == "gptq"
+        if has_effect and "compute_dtype" in spec.config.model_fields:
             settings = {"compute_dtype": "float32"} | settings
         config = spec.config(**settings)
         return run_stage(spec, config, inputs, self.store, progress=progress or SilentProgress())

@@ -191,13 +191,9 @@ def value_text(value: object) -> str:
 
 def report(console: Console, error: DbllmError, as_json: bool) -> int:
     """Show an error in the one format there is; returns its exit code."""
-    # A name that it quotes may hold bytes that are no text.
-    message, hint = (
-        text.encode(errors="backslashreplace").decode() for text in (error.message, error.hint)
-    )
-    console.error(message, hint)
+    console.error(error.message, error.hint)
     if as_json:
-        console.json_error(type(error).__name__, message, hint, error.exit_code)
+        console.json_error(type(error).__name__, error.message, error.hint, error.exit_code)
     return error.exit_code
 
 

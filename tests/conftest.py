@@ -3,14 +3,14 @@
 torch is imported inside the fixtures: the tests of the command line run without it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dbllm_cli.pipeline.run import Outcome, run_stage
+from dbllm_cli.pipeline.stage import Outcome, run_stage
 from dbllm_cli.progress import Progress, SilentProgress
 from dbllm_cli.stages.spec import STAGES
 from dbllm_cli.store import Artifact, Store, resolve_model
@@ -35,13 +35,15 @@ class Workshop:
         stage: str,
         inputs: Mapping[str, Artifact],
         progress: Progress | None = None,
+        beyond: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Outcome:
+        """What a stage ends with; `beyond` are settings past their bounds, to see it fail."""
         spec = STAGES[stage]
         has_effect = stage != "init-fdb" or settings.get("method") == "gptq"
         if has_effect and "compute_dtype" in spec.config.model_fields:
             settings = {"compute_dtype": "float32"} | settings
-        config = spec.config(**settings)
+        config = spec.config(**settings).model_copy(update=beyond)
         return run_stage(spec, config, inputs, self.store, progress=progress or SilentProgress())
 
     def make(self, stage: str, inputs: Mapping[str, Artifact], **settings: Any) -> Artifact:
@@ -50,6 +52,14 @@ class Workshop:
     def calibrate(self, model: Artifact, **settings: Any) -> Artifact:
         sizes = {"num_samples": 6, "held_out": 3, "sequence_length": 24, "batch_size": 4}
         return self.make("calibrate", {"model": model}, **(sizes | settings))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept between runs stays out of the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def possible_path(value: Any) -> Any:
     """Refuse a path, or one of several, that the system can't hold.
 
     Raises:
-        BadParameter: it is too long, holds a NUL, or is not UTF-8 text.
+        BadParameter: it is too long, or holds a NUL or half of a surrogate pair.
     """
     for each in value if isinstance(value, list) else [value]:
         problem = "" if each is None else path_problem(str(each))
@@ -74,6 +74,10 @@ TrustOption = Annotated[
         "--trust-remote-code",
         help="let transformers run code that comes with the model",
     ),
+]
+NoWaitOption = Annotated[
+    bool,
+    typer.Option("--no-wait", help="fail where another run makes the same, instead of waiting"),
 ]
 ModelRevisionOption = Annotated[
     str | None,

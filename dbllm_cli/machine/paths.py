@@ -7,10 +7,7 @@ import os
 def path_problem(path: str) -> str:
     """Why there can be no file of this path here; empty where there can, whether or not it is."""
     try:
-        path.encode()  # what is printed and kept in manifests is UTF-8
         os.lstat(path)
-    except UnicodeEncodeError:
-        return "it is not UTF-8 text"
     except ValueError as error:
         return str(error)
     except OSError as error:

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, DbllmError
 from dbllm_cli.pipeline.file import Pipeline, Step
-from dbllm_cli.pipeline.lineage import Lineage, lineage_of
+from dbllm_cli.pipeline.lineage import lineage_of
 from dbllm_cli.pipeline.nearest import nearest
 from dbllm_cli.pipeline.wiring import MODEL
-from dbllm_cli.store import Artifact, Store, lineage_key, resolve_model
+from dbllm_cli.store import Artifact, LineageRecord, Store, lineage_key, resolve_model
 
 Action = Literal["run", "up to date", "left out"]
 
@@ -145,46 +145,46 @@ def _changes(
     step: Step, known: Mapping[str, Artifact], store: Store, made: list[Artifact]
 ) -> list[str]:
     inputs = {name: known[source] for name, source in _wires(step) if source in known}
-    now = lineage_of(step.stage, step.config, inputs, store)
+    now = LineageRecord.model_validate(lineage_of(step.stage, step.config, inputs, store))
     past = [
         artifact
         for artifact in made
-        if artifact.manifest["provenance"].get("step") == step.name
-        and artifact.manifest["lineage"]["stage"] == step.stage.name
+        if artifact.record.provenance.step == step.name
+        and artifact.record.lineage.stage == step.stage.name
     ]
     if not past:
         return [_NEVER_RUN]
     differences = [
-        _differences(artifact.manifest["lineage"], now, step)
+        _differences(artifact.record.lineage, now, step)
         for artifact in sorted(past, key=_started, reverse=True)
     ]
     return min(differences, key=len)
 
 
-def _differences(then: Lineage, now: Lineage, step: Step) -> list[str]:
+def _differences(then: LineageRecord, now: LineageRecord, step: Step) -> list[str]:
     found = []
-    if then["stage_version"] != now["stage_version"]:
-        found.append(f"stage version changed: {then['stage_version']} -> {now['stage_version']}")
-    found += _changed_packages(then.get("packages", {}), now.get("packages", {}))
+    if then.stage_version != now.stage_version:
+        found.append(f"stage version changed: {then.stage_version} -> {now.stage_version}")
+    found += _changed_packages(then.packages, now.packages)
     defaults = step.stage.config().model_dump(mode="json")
-    before, after = defaults | then["config"], defaults | now["config"]
+    before, after = defaults | then.config, defaults | now.config
     for name, old in before.items():
         if name not in after:
             found.append(f"setting removed: {name}")
         elif old != after[name]:
             found.append(f"setting changed: {name} {_shown(old)} -> {_shown(after[name])}")
     wires = {name for name, _ in _wires(step)}
-    for name in sorted(wires | set(then["inputs"])):
+    for name in sorted(wires | set(then.inputs)):
         if name not in wires:
             found.append(f"input removed: {name}")
-        elif name not in then["inputs"]:
+        elif name not in then.inputs:
             found.append(f"input added: {name}")
-        elif name in now["inputs"] and then["inputs"][name] != now["inputs"][name]:
+        elif name in now.inputs and then.inputs[name] != now.inputs[name]:
             found.append(f"input changed: {name}")
     return found
 
 
-def _changed_packages(then: Mapping[str, str], now: Mapping[str, str | None]) -> list[str]:
+def _changed_packages(then: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
     return [
         f"{name} changed: {then.get(name) or 'none'} -> {version or 'none'}"
         for name, version in now.items()
@@ -194,12 +194,12 @@ def _changed_packages(then: Mapping[str, str], now: Mapping[str, str | None]) ->
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict) and "sha256" in value:
-        return f"file {value['sha256'][:8]}"
+        return f"file {str(value['sha256'])[:8]}"
     return str(value)
 
 
 def _started(artifact: Artifact) -> str:
-    return str(artifact.manifest["provenance"].get("started", ""))
+    return artifact.record.provenance.started or ""
 
 
 def _require_inputs(

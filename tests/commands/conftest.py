@@ -1,6 +1,7 @@
 """The command line in a folder of its own, with stages that need no torch."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dbllm_cli.__main__ import run
+from dbllm_cli.app import run
 from dbllm_cli.configs import InitFdbConfig, StageConfig
 from dbllm_cli.stages.context import Context
 from dbllm_cli.stages.context import Result as StageResult
@@ -55,6 +56,9 @@ def dbllm(
     """Runs one command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DBLLM_STORE", raising=False)
+
+    for stream in (sys.stdout, sys.stderr):  # as a terminal's error stream is
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     def call(*arguments: str) -> Result:
         code = run(arguments)

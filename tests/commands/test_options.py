@@ -77,11 +77,11 @@ def test_an_option_without_effect_is_refused_with_the_option_that_it_needs(
     assert "needs --method gptq)" in dbllm("init-fdb", "--help").out
 
 
-@pytest.mark.parametrize("name", ["x" * 5000, "x" * 256, "a\0b", "\udcff"])
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 256, "a\0b", "\ud800"])
 @pytest.mark.parametrize(
     "line",
     [["calibrate", "{}"], ["calibrate", "model", "--store", "{}"], ["pack", "x", "--evals", "{}"],
-     ["run", "{}"], ["status", "{}"], ["ls", "--store", "{}"], ["show", "{}"], ["verify", "{}"],
+     ["run", "{}"], ["status", "{}"], ["ls", "--store", "{}"], ["gc", "{}"], ["gc", "--keep", "{}"], ["show", "{}"], ["verify", "{}"],
      ["generate", "{}", "--prompt", "x"]],
 )  # fmt: skip
 def test_a_name_that_no_file_can_have_is_a_usage_error(
@@ -90,7 +90,7 @@ def test_a_name_that_no_file_can_have_is_a_usage_error(
     result = dbllm(*(part.replace("{}", name) for part in line))
 
     assert result.code == 2
-    assert re.search(r"can't be a path: |null byte", result.err)
+    assert re.search(r"can't be a path: |null byte|surrogates not", result.err)
     assert len(result.err) < 400
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dbllm_cli.commands import artifacts, doctor, gc, generate, pipelines, stages
-from dbllm_cli.commands.doctor import installed_version
+from dbllm_cli.commands.doctor import own_version
 from dbllm_cli.commands.options import plain_message
 from dbllm_cli.console import Console, report
 from dbllm_cli.errors import DbllmError, UsageError
@@ -25,7 +25,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        Console().print_line(f"dbllm {installed_version()}")
+        Console().print_line(f"dbllm {own_version()}")
         raise typer.Exit
 
 

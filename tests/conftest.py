@@ -35,12 +35,15 @@ class Workshop:
         stage: str,
         inputs: Mapping[str, Artifact],
         progress: Progress | None = None,
+        beyond: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Outcome:
+        """What a stage ends with; `beyond` are settings past their bounds, to see it fail."""
         spec = STAGES[stage]
-        if "compute_dtype" in spec.config.model_fields:
+        has_effect = stage != "init-fdb" or settings.get("method") == "gptq"
+        if has_effect and "compute_dtype" in spec.config.model_fields:
             settings = {"compute_dtype": "float32"} | settings
-        config = spec.config(**settings)
+        config = spec.config(**settings).model_copy(update=beyond)
         return run_stage(spec, config, inputs, self.store, progress=progress or SilentProgress())
 
     def make(self, stage: str, inputs: Mapping[str, Artifact], **settings: Any) -> Artifact:

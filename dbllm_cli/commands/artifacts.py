@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dbllm_cli.commands.options import JsonOption, StoreOption
+from dbllm_cli.commands.options import JsonOption, StoreOption, possible_path
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text, size_text, value_text
 from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.pipeline.stage import METRICS
@@ -14,11 +14,20 @@ from dbllm_cli.store import Artifact, DamagedArtifact, Store, read_object
 from dbllm_cli.store.store import DEFAULT_ROOT
 
 ArtifactArgument = Annotated[
-    str, typer.Argument(metavar="ARTIFACT", help="path of an artifact, or its name in the store")
+    str,
+    typer.Argument(
+        metavar="ARTIFACT",
+        callback=possible_path,
+        help="path of an artifact, or its name in the store",
+    ),
 ]
 OptionalArtifactArgument = Annotated[
     str | None,
-    typer.Argument(metavar="ARTIFACT", help="path or name of one artifact; all when absent"),
+    typer.Argument(
+        metavar="ARTIFACT",
+        callback=possible_path,
+        help="path or name of one artifact; all when absent",
+    ),
 ]
 
 
@@ -182,7 +191,8 @@ def _show_manifest(console: Console, artifact: Artifact) -> None:
     ]
     console.print_table(("", ""), rows)
     console.print_line("\nsettings")
-    console.print_table(("", ""), list(_flat(lineage.config)))
+    settings = lineage.config if provenance.settings is None else provenance.settings
+    console.print_table(("", ""), list(_flat(settings)))
 
 
 def _by_digest(store: Store) -> dict[str, Artifact]:

@@ -17,6 +17,7 @@ from dbllm_cli.commands.options import JsonOption, StoreOption
 from dbllm_cli.console import Console, size_text
 from dbllm_cli.errors import ConfigError, DbllmError
 from dbllm_cli.machine.cpu_library import INSTRUCTION_SETS, REFERENCE, VARIABLE, library_path
+from dbllm_cli.machine.packages import installed_version
 from dbllm_cli.machine.processor import cpu_info, processor_name
 from dbllm_cli.store import Store, resolve_model
 from dbllm_cli.store.store import DEFAULT_ROOT
@@ -67,15 +68,15 @@ def doctor(store: StoreOption = DEFAULT_ROOT, json: JsonOption = False) -> None:
         raise typer.Exit(ConfigError.exit_code)
 
 
-def installed_version() -> str:
-    """The version of the installed package."""
-    return _version("dbllm") or "not installed"
+def own_version() -> str:
+    """The version of dbllm itself."""
+    return installed_version("dbllm") or "not installed"
 
 
 def _checks(store: Path) -> Iterator[Check]:
-    installed = _version("dbllm") is not None
+    installed = installed_version("dbllm") is not None
     hint = "" if installed else "pip install -e . (in the folder of pyproject.toml)"
-    yield Check("dbllm", installed, installed_version(), hint)
+    yield Check("dbllm", installed, own_version(), hint)
     yield Check("python", True, f"{platform.python_version()} at {sys.executable}")
     yield from _dependencies()
     yield _processor()
@@ -86,13 +87,6 @@ def _checks(store: Path) -> Iterator[Check]:
     yield _kernels()
     yield _gpu()
     yield _demo_model(store)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _dependencies() -> Iterator[Check]:
@@ -109,7 +103,7 @@ def _dependencies() -> Iterator[Check]:
         extras = [name for name in _EXTRAS if marker and marker.evaluate({"extra": name})]
         if optional and not extras:
             continue
-        found = _version(requirement.name)
+        found = installed_version(requirement.name)
         fits = found is not None and requirement.specifier.contains(found, prereleases=True)
         hint = "" if fits else f'pip install "{requirement.name}{requirement.specifier}"'
         if optional and found is None:
@@ -181,7 +175,7 @@ def _kernels() -> Check:
 
 def _refusal() -> str:
     """Why torch's process can't use the kernels; nothing where it can, or where torch is absent."""
-    if _version("torch") is None:
+    if installed_version("torch") is None:
         return ""
     code = "from dbllm_cli.kernels.cpu import refusal; print(refusal() or '')"
     command = [sys.executable, "-c", code]
@@ -202,7 +196,7 @@ def _gpu() -> Check:
     except (OSError, subprocess.SubprocessError) as error:
         return Check("GPU", True, f"nvidia-smi fails: {error}")
     names = "; ".join(result.stdout.splitlines())
-    if "+cpu" in (_version("torch") or ""):
+    if "+cpu" in (installed_version("torch") or ""):
         return Check("GPU", True, names, "this torch is built without CUDA: install one with it")
     return Check("GPU", True, names)
 

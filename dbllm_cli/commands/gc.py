@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dbllm_cli.commands.options import JsonOption, StoreOption
+from dbllm_cli.commands.options import JsonOption, StoreOption, possible_path
 from dbllm_cli.console import Console, size_text
 from dbllm_cli.pipeline.file import load_pipeline
 from dbllm_cli.pipeline.plan import plan_pipeline
@@ -22,11 +22,20 @@ def register(app: typer.Typer) -> None:
 def gc(
     pipelines: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[PIPELINE]...", help="pipeline files whose artifacts stay"),
+        typer.Argument(
+            metavar="[PIPELINE]...",
+            callback=possible_path,
+            help="pipeline files whose artifacts stay",
+        ),
     ] = None,
     keep: Annotated[
         list[str],
-        typer.Option("--keep", metavar="ARTIFACT", help="an artifact that stays; may be repeated"),
+        typer.Option(
+            "--keep",
+            metavar="ARTIFACT",
+            callback=possible_path,
+            help="an artifact that stays; may be repeated",
+        ),
     ] = [],  # noqa: B006  typer makes a new list for each call
     unused_days: Annotated[
         int,

@@ -1,6 +1,7 @@
 """Command line options: those shared by commands, and those made from a stage's settings."""
 
 import re
+import reprlib
 from collections.abc import Mapping
 from inspect import Parameter
 from pathlib import Path
@@ -11,8 +12,9 @@ import typer
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from dbllm_cli.configs import InputFile, StageConfig
+from dbllm_cli.configs import NO_EFFECT, InputFile, Needs, StageConfig
 from dbllm_cli.errors import UsageError
+from dbllm_cli.machine.paths import path_problem
 
 _BOUNDS = {
     "gt": "> {}",
@@ -26,15 +28,29 @@ ConfigType = TypeVar("ConfigType", bound=StageConfig)
 
 
 def _known_device(device: str) -> str:
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", device):
         raise typer.BadParameter(f"{device!r} is not one of cpu, cuda, cuda:N, mps, xpu.")
     return device
+
+
+def possible_path(value: Any) -> Any:
+    """Refuse a path, or one of several, that the system can't hold.
+
+    Raises:
+        BadParameter: it is too long, or holds a NUL or half of a surrogate pair.
+    """
+    for each in value if isinstance(value, list) else [value]:
+        problem = "" if each is None else path_problem(str(each))
+        if problem:
+            raise typer.BadParameter(f"{reprlib.repr(str(each))} can't be a path: {problem}.")
+    return value
 
 
 StoreOption = Annotated[
     Path,
     typer.Option(
         "--store",
+        callback=possible_path,
         envvar="DBLLM_STORE",
         file_okay=False,
         help="folder of the artifacts",
@@ -132,12 +148,17 @@ def _help(field: FieldInfo) -> str:
         for name, text in _BOUNDS.items()
         if getattr(rule, name, None) is not None
     ]
+    needs = [rule for rule in field.metadata if isinstance(rule, Needs)]
+    bounds += [f"needs {rule.text(option_name)}" for rule in needs]
     description = field.description or ""
     return f"{description} ({', '.join(bounds)})" if bounds else description
 
 
 def _problem(error: Any) -> str:
     message = plain_message(error["msg"])
+    if error["type"] == NO_EFFECT:
+        setting, mark = error["ctx"]["setting"], error["ctx"]["mark"]
+        return f"{option_name(setting)} has no effect here: it needs {mark.text(option_name)}"
     if not error["loc"]:
         return message
-    return f"{option_name(str(error['loc'][0]))}: {message}, got {error['input']!r}"
+    return f"{option_name(str(error['loc'][0]))}: {message}, got {reprlib.repr(error['input'])}"

@@ -11,6 +11,7 @@ from dbllm_cli.commands.options import (
     NoWaitOption,
     StoreOption,
     TrustOption,
+    possible_path,
 )
 from dbllm_cli.commands.stages import is_figure, outcome_json
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text, value_text
@@ -22,7 +23,12 @@ from dbllm_cli.store import Store
 from dbllm_cli.store.store import DEFAULT_ROOT
 
 PipelineArgument = Annotated[
-    Path, typer.Argument(metavar="PIPELINE", help="pipeline file, e.g. pipelines/quickstart.yaml")
+    Path,
+    typer.Argument(
+        metavar="PIPELINE",
+        callback=possible_path,
+        help="pipeline file, e.g. pipelines/quickstart.yaml",
+    ),
 ]
 ForceStepOption = Annotated[
     list[str],

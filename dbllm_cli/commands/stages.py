@@ -15,6 +15,7 @@ from dbllm_cli.commands.options import (
     TrustOption,
     build_config,
     config_parameters,
+    possible_path,
 )
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text
 from dbllm_cli.pipeline.stage import Outcome, run_stage
@@ -65,11 +66,15 @@ def _slot_parameter(slot: Slot) -> Parameter:
     default: Any
     annotation: Any
     if slot.many:
-        default = typer.Option([], help=slot.help, metavar="<artifact>, repeatable")
+        default = typer.Option(
+            [], help=slot.help, metavar="<artifact>, repeatable", callback=possible_path
+        )
         annotation = list[str]
     else:
         given = ... if slot.required else None
-        default = typer.Argument(given, help=slot.help, metavar=slot.name.upper())
+        default = typer.Argument(
+            given, help=slot.help, metavar=slot.name.upper(), callback=possible_path
+        )
         annotation = str if slot.required else str | None
     return Parameter(slot.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

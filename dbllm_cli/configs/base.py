@@ -1,10 +1,11 @@
 """What the settings of every stage are made of."""
 
 import re
-from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 ComputeDtype = Literal["bfloat16", "float32"]
 ComputeDtypeOrAuto = Literal["auto", ComputeDtype]
@@ -14,11 +15,70 @@ InputFile = Annotated[str, Field(json_schema_extra={"file": True})]
 COMPUTE = "dtype of the products"
 COMPUTE_OR_AUTO = COMPUTE + "; auto: bfloat16 where the device is faster in it, else float32"
 
+# Far above what any run needs: beyond these a number is a slip, and the run would never end.
+MOST = 1_000_000
+"""Largest number of sequences, steps, windows or items."""
+LARGEST_BATCH = 65_536
+LONGEST = 1_048_576
+"""Most tokens of a sequence."""
+STRONGEST = 1000.0
+"""Largest rate, weight or exponent."""
+LONGEST_TEXT = 4096
+"""Most characters of a text: no system has longer paths."""
+
+SPLIT = "split of the dataset"
+NO_EFFECT = "no_effect"
+"""pydantic's type of the error for a setting that does nothing."""
+
+
+class Needs:
+    """Marks a setting that has no effect unless another one has one of these values.
+
+    `Needs(loss="dad")`: loss must be dad. `Needs(text=..., dataset=...)`: one of the two must
+    differ from its default. A setting with several marks needs them all.
+
+    Args:
+        settings: the values by setting, one or a tuple; `...` is any but the default.
+    """
+
+    def __init__(self, **settings: object) -> None:
+        self._settings: Mapping[str, tuple[object, ...]] = {
+            name: values if isinstance(values, tuple) else (values,)
+            for name, values in settings.items()
+        }
+
+    def met(self, config: "StageConfig") -> bool:
+        """Whether a setting with this mark has an effect."""
+        changed = config.changed()
+        return any(
+            name in changed if values == (...,) else getattr(config, name) in values
+            for name, values in self._settings.items()
+        )
+
+    def text(self, name: Callable[[str], str] = str) -> str:
+        """What is needed, for people; `name` says how they write a setting."""
+        return " or ".join(
+            name(setting)
+            if values == (...,)
+            else f"{name(setting)} {' or '.join(map(str, values))}"
+            for setting, values in self._settings.items()
+        )
+
 
 class StageConfig(BaseModel):
     """Base of every stage's settings: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        str_min_length=1,
+        str_max_length=LONGEST_TEXT,
+    )
+
+    def changed(self) -> dict[str, Any]:
+        """The settings that differ from their default, as JSON has them."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
     def require_inputs(self, given: Collection[str]) -> None:
         """Refuse settings that don't fit the inputs given, before anything runs.
@@ -30,6 +90,18 @@ class StageConfig(BaseModel):
             ConfigError: a setting needs an input, or has no effect beside one.
         """
 
+    @model_validator(mode="after")
+    def _every_setting_has_an_effect(self) -> Self:
+        for setting in self.changed():
+            for mark in type(self).model_fields[setting].metadata:
+                if isinstance(mark, Needs) and not mark.met(self):
+                    raise PydanticCustomError(
+                        NO_EFFECT,
+                        "{setting} has no effect: it needs {needs}",
+                        {"setting": setting, "needs": mark.text(), "mark": mark},
+                    )
+        return self
+
 
 class TextConfig(StageConfig):
     """Where text comes from: shared by the stages that read text."""
@@ -40,16 +112,20 @@ class TextConfig(StageConfig):
     dataset: str | None = Field(
         None, description="name of a dataset on the hub, NAME or NAME:CONFIG"
     )
-    revision: str | None = Field(None, description="commit of the dataset; required with dataset")
-    split: str = Field("train", description="split of the dataset")
-    text_field: str = Field(
+    revision: Annotated[str | None, Needs(dataset=...)] = Field(
+        None, description="commit of the dataset; required with dataset"
+    )
+    split: Annotated[str, Needs(dataset=...)] = Field("train", description=SPLIT)
+    text_field: Annotated[str, Needs(text=..., dataset=...)] = Field(
         "text", description="column of JSONL, parquet and datasets with the text"
     )
-    documents: str | None = Field(
-        None, pattern=r"^\d*:\d*$", description="range START:STOP of the documents to read"
+    documents: Annotated[str | None, Needs(text=..., dataset=...)] = Field(
+        None,
+        pattern=r"^[0-9]{0,12}:[0-9]{0,12}$",
+        description="range START:STOP of the documents to read",
     )
-    separator: str | None = Field(
-        None, min_length=1, description="string that splits a text file into documents"
+    separator: Annotated[str | None, Needs(text=...)] = Field(
+        None, description="string that splits a text file into documents"
     )
 
     def text_settings(self) -> dict[str, Any]:
@@ -57,7 +133,7 @@ class TextConfig(StageConfig):
         return self.model_dump(include=set(TextConfig.model_fields))
 
     @model_validator(mode="after")
-    def _dataset_is_pinned(self) -> "TextConfig":
+    def _dataset_is_pinned(self) -> Self:
         if self.text is not None and self.dataset is not None:
             raise ValueError("give text or dataset, not both")
         if self.dataset is not None and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):

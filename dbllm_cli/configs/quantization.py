@@ -1,13 +1,18 @@
 """Settings of the stages that make a quantized model without training it."""
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from dbllm_cli.configs.base import (
     COMPUTE_OR_AUTO,
+    LARGEST_BATCH,
+    LONGEST,
+    MOST,
+    STRONGEST,
     ComputeDtypeOrAuto,
+    Needs,
     Seed,
     StageConfig,
     TextConfig,
@@ -30,17 +35,25 @@ class CalibrateConfig(TextConfig):
         "generate",
         description="generate: the teacher writes the text itself; text: from text or dataset",
     )
-    num_samples: int = Field(128, gt=0, description="number of training sequences")
-    sequence_length: int = Field(512, gt=1, description="tokens per sequence")
+    num_samples: int = Field(128, gt=0, le=MOST, description="number of training sequences")
+    sequence_length: int = Field(512, gt=1, le=LONGEST, description="tokens per sequence")
     held_out: int = Field(
-        8, ge=0, description="further sequences kept for evaluation, never trained on"
+        8, ge=0, le=MOST, description="further sequences kept for evaluation, never trained on"
     )
-    batch_size: int = Field(32, gt=0, description="sequences generated or run at once")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature of generated text")
-    top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens; 0: among all")
-    greedy_tokens: int = Field(4, ge=0, description="tokens taken greedily after the start token")
+    batch_size: int = Field(
+        32, gt=0, le=LARGEST_BATCH, description="sequences generated or run at once"
+    )
+    temperature: Annotated[float, Needs(source="generate")] = Field(
+        1.0, gt=0, le=STRONGEST, description="sampling temperature of generated text"
+    )
+    top_k: Annotated[int, Needs(source="generate")] = Field(
+        50, ge=0, le=MOST, description="sample among the k likeliest tokens; 0: among all"
+    )
+    greedy_tokens: Annotated[int, Needs(source="generate")] = Field(
+        4, ge=0, le=LONGEST, description="tokens taken greedily after the start token"
+    )
     compute_dtype: ComputeDtypeOrAuto = Field("auto", description=COMPUTE_OR_AUTO)
-    seed: Seed = 0
+    seed: Annotated[Seed, Needs(source="generate")] = 0
 
     @model_validator(mode="after")
     def _source_has_text(self) -> "CalibrateConfig":
@@ -62,7 +75,9 @@ class InitFdbConfig(StageConfig):
         description="als: least squares weighted by the calibration; gptq: errors compensated "
         "layer by layer; mse: best step per group; paper: max|w|/2",
     )
-    group_size: int = Field(64, gt=0, multiple_of=8, description="inputs that share their scales")
+    group_size: int = Field(
+        64, gt=0, le=LONGEST, multiple_of=8, description="inputs that share their scales"
+    )
     levels: SchemeName = Field("offset", description=f"of a group: {described('fdb/schemes')}")
     include: tuple[str, ...] = Field(
         ("*",), description="shell wildcards on module names: linear layers to quantize"
@@ -73,13 +88,17 @@ class InitFdbConfig(StageConfig):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="dtype of the tensors that are not quantized"
     )
-    num_samples: int | None = Field(
-        None, gt=0, description="gptq: use only the first sequences of the calibration"
+    num_samples: Annotated[int | None, Needs(method="gptq")] = Field(
+        None, gt=0, le=MOST, description="use only the first sequences of the calibration"
     )
-    batch_size: int = Field(4, gt=0, description="gptq: sequences run at once")
-    compute_dtype: ComputeDtypeOrAuto = Field("auto", description="gptq: " + COMPUTE_OR_AUTO)
-    keep_latents: bool = Field(
-        True, description="gptq: store the compensated weights, for reconstruct to go on from"
+    batch_size: Annotated[int, Needs(method="gptq")] = Field(
+        4, gt=0, le=LARGEST_BATCH, description="sequences run at once"
+    )
+    compute_dtype: Annotated[ComputeDtypeOrAuto, Needs(method="gptq")] = Field(
+        "auto", description=COMPUTE_OR_AUTO
+    )
+    keep_latents: Annotated[bool, Needs(method="gptq")] = Field(
+        True, description="store the compensated weights, for reconstruct to go on from"
     )
 
     @model_validator(mode="after")
@@ -105,13 +124,7 @@ class PackConfig(StageConfig):
     """Settings of `pack`."""
 
     format: FormatName = Field("packed", description=described("formats"))
-    embeddings: Literal["kept", "int8"] = Field(
+    embeddings: Annotated[Literal["kept", "int8"], Needs(format="packed")] = Field(
         "kept", description="int8: embeddings and output layer in 8 bits, one scale per token"
     )
-    shard_size: float = Field(5.0, gt=0, description="largest shard, in 10^9 bytes")
-
-    @model_validator(mode="after")
-    def _dense_stores_weights_only(self) -> "PackConfig":
-        if self.format == "dense" and self.embeddings != "kept":
-            raise ValueError("format dense writes plain bfloat16: leave out embeddings int8")
-        return self
+    shard_size: float = Field(5.0, gt=0, le=STRONGEST, description="largest shard, in 10^9 bytes")

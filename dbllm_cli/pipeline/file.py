@@ -2,23 +2,26 @@
 
 import json
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from dbllm_cli.configs import StageConfig
+from dbllm_cli.configs import NO_EFFECT, StageConfig
 from dbllm_cli.errors import ConfigError
+from dbllm_cli.machine.paths import path_problem
 from dbllm_cli.pipeline.nearest import nearest
 from dbllm_cli.pipeline.wiring import MODEL, Draft, Wires, in_order, read_wires
 from dbllm_cli.pipeline.yaml_file import Document, Place, read_yaml
 from dbllm_cli.stages.spec import STAGES, AnyStage
 
 SCHEMA_VERSION = 1
-STEP_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+STEP_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$"
 _TOP_KEYS = ("schema_version", "model", "steps")
 _MODEL_KEYS = ("path", "revision")
 _STEP_KEYS = ("stage", "inputs", "config")
@@ -98,7 +101,7 @@ def _check_shape(document: Document) -> None:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise document.error(
             ("schema_version",),
-            f"schema_version must be {SCHEMA_VERSION}, got {version!r}",
+            f"schema_version must be {SCHEMA_VERSION}, got {reprlib.repr(version)}",
             "upgrade dbllm: pip install --upgrade dbllm"
             if newer
             else f"write `schema_version: {SCHEMA_VERSION}` at the top",
@@ -113,7 +116,7 @@ def _check_shape(document: Document) -> None:
     if not isinstance(steps, dict) or not steps:
         raise document.error(("steps",), "steps must name at least one step, each with its inputs")
     for name in steps:
-        if not re.match(STEP_NAME, name) or name == MODEL:
+        if not re.fullmatch(STEP_NAME, name) or name == MODEL:
             raise document.error(
                 ("steps", name),
                 f"a step can't be called {name!r}",
@@ -151,12 +154,23 @@ def _override(document: Document, text: str) -> None:
     if not (equals and dot and key):
         raise ConfigError(f"--set {text}: not of the form STEP.KEY=VALUE", "e.g. distill.steps=80")
     if step == MODEL:
-        document.set((MODEL, key), text)
+        document.set((MODEL, key), text, as_text=True)
         return
     steps = document.value["steps"]
     if step not in steps:
         raise ConfigError(f"--set {text}: no step is called {step!r}", nearest(step, steps))
-    document.set(("steps", step, "config", key), text)
+    field = _read_stage(document, step).config.model_fields.get(key)
+    as_text = field is not None and _is_text(field.annotation)
+    document.set(("steps", step, "config", key), text, as_text=as_text)
+
+
+def _is_text(annotation: Any) -> bool:
+    """Whether a setting takes any text: `str`, `str | None`, and files."""
+    if get_origin(annotation) is Annotated:
+        return _is_text(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_is_text(member) for member in get_args(annotation))
+    return annotation is str
 
 
 def _read_model(document: Document) -> ModelReference:
@@ -168,6 +182,11 @@ def _read_model(document: Document) -> ModelReference:
             (MODEL, "path"),
             f"path of model must be a string, got {path!r}",
             "a folder, a hub id, a .gguf file or builtin:smollm2-135m",
+        )
+    problem = path_problem(path)
+    if problem:
+        raise document.error(
+            (MODEL, "path"), f"path of model, {reprlib.repr(path)}, can't be a path: {problem}"
         )
     if revision is not None and not isinstance(revision, str):
         raise document.error(
@@ -199,7 +218,8 @@ def _read_config(document: Document, step: str, stage: AnyStage) -> StageConfig:
         config: StageConfig = stage.config.model_validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ("steps", step, "config", *first["loc"])
+        setting = (first["ctx"]["setting"],) if first["type"] == NO_EFFECT else first["loc"]
+        place = ("steps", step, "config", *setting)
         raise document.error(place, *_setting_problem(first, step, stage)) from error
     return config
 
@@ -215,6 +235,9 @@ def _check_fit(document: Document, step: str, config: StageConfig, wires: Wires)
 
 def _setting_problem(error: ErrorDetails, step: str, stage: AnyStage) -> tuple[str, str]:
     hint = f"see the settings with `dbllm {stage.name} --help`"
+    if error["type"] == NO_EFFECT:
+        problem = f"{error['ctx']['setting']} of step {step} has no effect: "
+        return problem + f"it needs {error['ctx']['needs']}", hint
     if not error["loc"]:
         return f"config of step {step}: {error['msg'].removeprefix('Value error, ')}", hint
     name = str(error["loc"][0])
@@ -223,7 +246,7 @@ def _setting_problem(error: ErrorDetails, step: str, stage: AnyStage) -> tuple[s
             f"stage {stage.name} has no setting {name!r}",
             nearest(name, stage.config.model_fields),
         )
-    problem = f"{name} of step {step}: {error['msg']}, got {error['input']!r}"
+    problem = f"{name} of step {step}: {error['msg']}, got {reprlib.repr(error['input'])}"
     if error["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", "")))
         return problem, nearest(str(error["input"]), choices)

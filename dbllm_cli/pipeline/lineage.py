@@ -6,6 +6,7 @@ from typing import Any
 
 from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import ConfigError
+from dbllm_cli.machine.packages import installed_version
 from dbllm_cli.stages.spec import AnyStage
 from dbllm_cli.store import Artifact, Store, files_digest
 
@@ -20,37 +21,32 @@ def lineage_of(
     Raises:
         ConfigError: a file that the settings name can't be read.
     """
-    return {
+    lineage: Lineage = {
         "stage": spec.name,
         "stage_version": spec.version,
         "config": keyed_config(config, store),
         "inputs": {name: artifact.digest for name, artifact in inputs.items()},
     }
+    if spec.packages:
+        lineage["packages"] = {name: installed_version(name) for name in spec.packages}
+    return lineage
 
 
 def keyed_config(config: StageConfig, store: Store) -> dict[str, Any]:
-    """The settings that change the result, defaults too, and files by their bytes.
+    """The settings that change the result and differ from their default; files by their bytes.
+
+    So a new setting changes no key, and a changed default must raise the stage's version.
 
     Raises:
         ConfigError: a file that the settings name can't be read.
     """
-    values = config.model_dump(mode="json")
+    values = config.changed()
     for name, marks in _marks(type(config)):
         if marks.get("key") is False:
-            del values[name]
-        elif marks.get("file") and values[name] is not None:
+            values.pop(name, None)
+        elif marks.get("file") and values.get(name) is not None:
             values[name] = _file_content(name, Path(values[name]), store)
     return values
-
-
-def named_files(config: StageConfig) -> dict[str, str]:
-    """The paths that the settings name, by setting: not in the key, so kept in the provenance."""
-    values = config.model_dump(mode="json")
-    return {
-        name: values[name]
-        for name, marks in _marks(type(config))
-        if marks.get("file") and values[name] is not None
-    }
 
 
 def _marks(config: type[StageConfig]) -> Iterator[tuple[str, dict[str, Any]]]:

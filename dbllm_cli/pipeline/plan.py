@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, DbllmError
 from dbllm_cli.pipeline.file import Pipeline, Step
-from dbllm_cli.pipeline.lineage import keyed_config, lineage_of
+from dbllm_cli.pipeline.lineage import lineage_of
 from dbllm_cli.pipeline.nearest import nearest
 from dbllm_cli.pipeline.wiring import MODEL
 from dbllm_cli.store import Artifact, LineageRecord, Store, lineage_key, resolve_model
@@ -16,6 +16,7 @@ Action = Literal["run", "up to date", "left out"]
 
 
 _NEVER_RUN = "never run"
+_KEYED_OTHERWISE = "the key of an older dbllm"
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,14 @@ def _planned(
     changes = _changes(step, known, store, made) if not reasons or inputs is None else []
     # That a step never ran is reason enough: the steps before it say the rest.
     reasons += changes if changes == [_NEVER_RUN] else waiting + changes
-    return PlannedStep(step, "run", tuple(reasons), key, folder)
+    return PlannedStep(step, "run", tuple(reasons) or (_KEYED_OTHERWISE,), key, folder)
 
 
 def _changes(
     step: Step, known: Mapping[str, Artifact], store: Store, made: list[Artifact]
 ) -> list[str]:
-    now = LineageRecord(
-        stage=step.stage.name,
-        stage_version=step.stage.version,
-        config=keyed_config(step.config, store),
-        inputs={name: known[source].digest for name, source in _wires(step) if source in known},
-    )
+    inputs = {name: known[source] for name, source in _wires(step) if source in known}
+    now = LineageRecord.model_validate(lineage_of(step.stage, step.config, inputs, store))
     past = [
         artifact
         for artifact in made
@@ -168,13 +165,14 @@ def _differences(then: LineageRecord, now: LineageRecord, step: Step) -> list[st
     found = []
     if then.stage_version != now.stage_version:
         found.append(f"stage version changed: {then.stage_version} -> {now.stage_version}")
-    for name, value in now.config.items():
-        old = then.config.get(name)
-        if name not in then.config:
-            found.append(f"setting added: {name}")
-        elif old != value:
-            found.append(f"setting changed: {name} {_shown(old)} -> {_shown(value)}")
-    found += [f"setting removed: {name}" for name in then.config if name not in now.config]
+    found += _changed_packages(then.packages, now.packages)
+    defaults = step.stage.config().model_dump(mode="json")
+    before, after = defaults | then.config, defaults | now.config
+    for name, old in before.items():
+        if name not in after:
+            found.append(f"setting removed: {name}")
+        elif old != after[name]:
+            found.append(f"setting changed: {name} {_shown(old)} -> {_shown(after[name])}")
     wires = {name for name, _ in _wires(step)}
     for name in sorted(wires | set(then.inputs)):
         if name not in wires:
@@ -184,6 +182,14 @@ def _differences(then: LineageRecord, now: LineageRecord, step: Step) -> list[st
         elif name in now.inputs and then.inputs[name] != now.inputs[name]:
             found.append(f"input changed: {name}")
     return found
+
+
+def _changed_packages(then: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
+    return [
+        f"{name} changed: {then.get(name) or 'none'} -> {version or 'none'}"
+        for name, version in now.items()
+        if then.get(name) != version
+    ]
 
 
 def _shown(value: Any) -> str:

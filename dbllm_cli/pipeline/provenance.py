@@ -3,12 +3,12 @@
 import platform
 import time
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from dbllm_cli.machine.environment import ENVIRONMENT, Environment
 from dbllm_cli.machine.memory import forget_peak, peak_memory_mib
+from dbllm_cli.machine.packages import installed_version
 from dbllm_cli.machine.processor import processor
 from dbllm_cli.store.scratch import read_scratch
 
@@ -49,20 +49,13 @@ class Recorder:
             **_device_memory(self._device),
             "versions": {
                 "python": platform.python_version(),
-                **{name: _version(name) for name in _PACKAGES},
+                **{name: installed_version(name) for name in _PACKAGES},
             },
             "device": self._device,
             "processor": processor(),
             **_computed_in(environment),
             **_begun(scratch / ENVIRONMENT),
         }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _computed_in(environment: Environment | None) -> dict[str, Any]:

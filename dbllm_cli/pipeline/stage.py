@@ -12,7 +12,7 @@ from dbllm_cli.errors import (
     DbllmError,
     StageFailedError,
 )
-from dbllm_cli.pipeline.lineage import Lineage, lineage_of, named_files
+from dbllm_cli.pipeline.lineage import Lineage, lineage_of
 from dbllm_cli.pipeline.provenance import Recorder
 from dbllm_cli.pipeline.stopping import stops_on_sigterm
 from dbllm_cli.progress import Progress
@@ -168,7 +168,7 @@ def _make(making: _Making, lineage: Lineage) -> Outcome:
             (staging / METRICS).write_text(text, encoding="utf-8")
         provenance = {
             "step": making.step,
-            "files": named_files(making.config),
+            "settings": making.config.model_dump(mode="json"),
             **recorder.record(scratch, result.environment),
         }
         artifact = store.publish(

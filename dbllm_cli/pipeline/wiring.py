@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 
-from dbllm_cli.errors import ConfigError
 from dbllm_cli.pipeline.nearest import nearest
 from dbllm_cli.pipeline.yaml_file import Document, Place
 from dbllm_cli.stages.spec import AnyStage, Slot
@@ -63,12 +63,24 @@ def in_order(document: Document, wires: Mapping[str, Wires]) -> list[str]:
         step: {name for names in slots.values() for name in names if name != MODEL}
         for step, slots in wires.items()
     }
+    sorter = TopologicalSorter(feeders)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        ring = error.args[1]
+        raise document.error(
+            ("steps", ring[0], "inputs"),
+            f"these steps feed each other in a cycle: {' -> '.join(ring)}",
+            "take one of these inputs out",
+        ) from error
+    place = {step: number for number, step in enumerate(feeders)}
     order: list[str] = []
-    while len(order) < len(feeders):
-        ready = [step for step in feeders if step not in order and feeders[step] <= set(order)]
-        if not ready:
-            raise _cycle(document, {s: f for s, f in feeders.items() if s not in order})
-        order.append(ready[0])
+    ready: set[str] = set()
+    while sorter.is_active():
+        ready.update(sorter.get_ready())
+        order.append(min(ready, key=place.__getitem__))
+        ready.remove(order[-1])
+        sorter.done(order[-1])
     return order
 
 
@@ -120,16 +132,3 @@ def _fitting(slot: Slot, step: Draft, steps: Mapping[str, Draft]) -> str:
         if other.stage.output in slot.kinds and name != step.name
     ]
     return f"steps that give it: {', '.join(names) or 'none'}"
-
-
-def _cycle(document: Document, feeders: Mapping[str, set[str]]) -> ConfigError:
-    # Every step left has a feeder that is left: following them must come round.
-    path = [next(iter(feeders))]
-    while path.count(path[-1]) == 1:
-        path.append(next(name for name in sorted(feeders[path[-1]]) if name in feeders))
-    ring = path[path.index(path[-1]) :]
-    return document.error(
-        ("steps", ring[0], "inputs"),
-        f"these steps feed each other in a cycle: {' -> '.join(reversed(ring))}",
-        "take one of these inputs out",
-    )

@@ -1,6 +1,7 @@
 """YAML as values that know their lines. Stricter than YAML 1.1: nothing is read by surprise."""
 
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,13 @@ _SCALARS = {
         [*"-+.0123456789"],
     ),
 }
+_TEXT = "tag:yaml.org,2002:str"
+_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+_LARGEST = 1_000_000
+"""Bytes of a file: the largest that we ship has 10,000."""
+_MOST_DIGITS = 100
+_SHOWN = 200
+"""Most characters of a line in an error."""
 _SYNTAX_HINT = "check the brackets, colons and indentation here and on the line before"
 
 
@@ -64,14 +72,21 @@ class Document:
         if place in self.overrides:
             return ConfigError(f"--set {self.overrides[place]}: {problem}", hint)
         line = self.lines.get(place, 1)
-        shown = self.text[line - 1].strip() if line <= len(self.text) else ""
+        shown = self.text[line - 1].strip()[:_SHOWN] if line <= len(self.text) else ""
         return ConfigError(f"{self.path}:{line}: {problem}\n  {line} | {shown}", hint)
 
-    def set(self, place: Place, text: str) -> None:
-        """Put the value of an override `KEY=VALUE` in place of what the file says there."""
+    def set(self, place: Place, text: str, *, as_text: bool) -> None:
+        """Put the value of an override `KEY=VALUE` in place of what the file says there.
+
+        Args:
+            place: the part.
+            text: the override.
+            as_text: the value is a text as it stands, whatever YAML would read in it, or null.
+        """
         self.overrides[place] = text
+        given = text.partition("=")[2]
         try:
-            value = parse(text.partition("=")[2])
+            value = given if as_text and given != "null" else parse(given)
         except (yaml.YAMLError, _DuplicateKeyError) as error:
             problem = f"the value can't be read: {_reason(error)}"
             raise self.error(place, problem, "put the value in quotes") from error
@@ -93,9 +108,9 @@ def read_yaml(path: Path) -> Document:
         ConfigError: it can't be read, is not YAML, or has a duplicate key or an alias.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        text = _read(path)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
             f"{path} can't be read: {reason}",
             "name a pipeline file, e.g. `dbllm run pipelines/quickstart.yaml`",
@@ -119,21 +134,42 @@ def read_yaml(path: Path) -> Document:
     return document
 
 
+def _read(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ValueError(f"it is larger than {_LARGEST:,} bytes")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
+
+
 def parse(text: str, lines: dict[Place, int] | None = None) -> Any:
     """The value of a YAML text; fills `lines` when it is given."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
+        return None if node is None else _value(node, (), {} if lines is None else lines)
+    except RecursionError as error:
+        raise yaml.MarkedYAMLError(
+            problem="it is nested too deeply", problem_mark=loader.get_mark()
+        ) from error
     finally:
         loader.dispose()
-    return None if node is None else _value(node, (), {} if lines is None else lines)
 
 
 def _value(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
     lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node)
+    if node.tag not in _COLLECTIONS:
+        raise _unreadable(node, f"the tag {node.tag} is not supported")
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _unreadable(key_node, "a key must be a plain text")
             key = str(key_node.value)
             inner = (*place, key)
             if key in mapping:
@@ -143,23 +179,30 @@ def _value(node: yaml.Node, place: Place, lines: dict[Place, int]) -> Any:
             lines[inner] = key_node.start_mark.line + 1
             mapping[key] = _value(value_node, inner, lines)
         return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(item, (*place, n), lines) for n, item in enumerate(node.value)]
-    return _scalar(node.tag, str(node.value))
+    return [_value(item, (*place, n), lines) for n, item in enumerate(node.value)]
 
 
-def _scalar(tag: str, text: str) -> Any:
-    match tag.rpartition(":")[2]:
+def _scalar(node: yaml.ScalarNode) -> Any:
+    text = str(node.value)
+    if node.tag == _TEXT:
+        return text
+    # A tag that is written out may not fit what it stands before.
+    pattern = _SCALARS.get(node.tag, ("", []))[0]
+    if not re.fullmatch(pattern, text) or len(text) > _MOST_DIGITS:
+        raise _unreadable(node, f"{reprlib.repr(text)} is no value of the tag {node.tag}")
+    match node.tag.rpartition(":")[2]:
         case "null":
             return None
         case "bool":
             return text.lower() == "true"
         case "int":
             return int(text)
-        case "float":
-            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         case _:
-            return text
+            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _unreadable(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def _reason(error: Exception) -> str:

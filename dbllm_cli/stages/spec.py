@@ -31,12 +31,14 @@ class Slot:
 class StageSpec(Generic[ConfigType, MetricsType]):
     """One stage, by its settings and its metrics.
 
-    `version` rises when the same inputs give other bytes than before.
+    `version` rises when the same inputs give other bytes than before, and when a setting gets
+    another default: keys hold only what differs from it.
 
     Attributes:
         config: its settings.
         output: the kind of artifact that it makes.
         always_runs: measures anew each time.
+        packages: those whose versions change what it makes, beside dbllm's own code: in the key.
     """
 
     name: str
@@ -46,6 +48,7 @@ class StageSpec(Generic[ConfigType, MetricsType]):
     output: str
     help: str
     always_runs: bool = False
+    packages: tuple[str, ...] = ()
 
     def body(self) -> StageBody[ConfigType, MetricsType]:
         """Import the stage's function `run`; this is where torch comes in."""
@@ -133,6 +136,8 @@ EVAL_TASKS: StageSpec[configs.EvalTasksConfig, metrics.TasksMetrics] = StageSpec
     (_EVALUATED,),
     "tasks",
     "Measure zero-shot accuracy on tasks of lm-evaluation-harness.",
+    # Its version says those of its own tasks too; a task file of one's own counts by its bytes.
+    packages=("lm_eval",),
 )
 BENCH: StageSpec[configs.BenchConfig, metrics.BenchMetrics] = StageSpec(
     "bench",

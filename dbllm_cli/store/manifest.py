@@ -36,18 +36,26 @@ class FileRecord(_Record):
 
 
 class LineageRecord(_Record):
-    """What an artifact was made from: the settings, and the digest of each input by slot."""
+    """What an artifact was made from.
+
+    Attributes:
+        config: the settings that differ from their defaults.
+        inputs: the digest of each input by slot.
+        packages: versions of the packages that the stage's spec names; None: absent.
+    """
 
     stage: str
     stage_version: int
     config: dict[str, Any]
     inputs: dict[str, str]
+    packages: dict[str, str | None] = {}
 
 
 class Provenance(_Record):
-    """How an artifact was made, as far as it is told: time, seconds, MiB, device."""
+    """How an artifact was made, as far as it is told: all settings, time, seconds, MiB, device."""
 
     step: str | None = None
+    settings: dict[str, Any] | None = None
     started: str | None = None
     seconds: float = Field(0.0, ge=0)
     peak_memory_mib: float = Field(0.0, ge=0)

@@ -1,6 +1,7 @@
 """The command line in a folder of its own, with stages that need no torch."""
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,9 @@ def dbllm(
     """Runs one command line in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DBLLM_STORE", raising=False)
+
+    for stream in (sys.stdout, sys.stderr):  # as a terminal's error stream is
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     def call(*arguments: str) -> Result:
         code = run(arguments)

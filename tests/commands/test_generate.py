@@ -26,6 +26,20 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return request
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--temperature", "nan"), ("--temperature", "1e9"), ("--top-k", str(2**64)),
+     ("--seed", str(2**64)), ("--max-new-tokens", str(10**9))],
+)  # fmt: skip
+def test_a_number_out_of_bounds_is_a_usage_error(
+    option: str, value: str, dbllm: DbllmCall, model: str
+) -> None:
+    result = dbllm("generate", "model", "--prompt", "x", option, value)
+
+    assert result.code == 2
+    assert option in result.err
+
+
 def test_stdout_carries_the_text_alone(dbllm: DbllmCall, model: str, asked: dict[str, Any]) -> None:
     result = dbllm("generate", "model", "--prompt", "Once")
 

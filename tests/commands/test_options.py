@@ -1,6 +1,7 @@
 """Options are made from the stages' settings, and mean what those say."""
 
 import inspect
+import re
 
 import pytest
 from pydantic_core import PydanticUndefined
@@ -63,6 +64,46 @@ def test_a_wrong_value_is_a_usage_error_that_names_the_option(
     assert problem in result.err
     assert f"hint: dbllm {arguments[0]} --help" in result.err
     assert not stage_calls
+
+
+def test_an_option_without_effect_is_refused_with_the_option_that_it_needs(
+    dbllm: DbllmCall, stage_calls: list[Call], model: str
+) -> None:
+    result = dbllm("init-fdb", "model", "--num-samples", "8")
+
+    assert result.code == 2
+    assert "--num-samples has no effect here: it needs --method gptq" in result.err
+    assert dbllm("init-fdb", "model", "--batch-size", "4").code == 0  # its default
+    assert "needs --method gptq)" in dbllm("init-fdb", "--help").out
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 256, "a\0b", "\ud800"])
+@pytest.mark.parametrize(
+    "line",
+    [["calibrate", "{}"], ["calibrate", "model", "--store", "{}"], ["pack", "x", "--evals", "{}"],
+     ["run", "{}"], ["status", "{}"], ["ls", "--store", "{}"], ["gc", "{}"], ["gc", "--keep", "{}"], ["show", "{}"], ["verify", "{}"],
+     ["generate", "{}", "--prompt", "x"]],
+)  # fmt: skip
+def test_a_name_that_no_file_can_have_is_a_usage_error(
+    line: list[str], name: str, dbllm: DbllmCall, model: str
+) -> None:
+    result = dbllm(*(part.replace("{}", name) for part in line))
+
+    assert result.code == 2
+    assert re.search(r"can't be a path: |null byte|surrogates not", result.err)
+    assert len(result.err) < 400
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99999999999999", "cpu:-1", "cuda:", "CUDA", ""])
+@pytest.mark.parametrize("line", [["calibrate", "model"], ["run", "x.yaml"], ["generate", "model"]])
+def test_a_device_that_can_t_run_is_a_usage_error(
+    line: list[str], device: str, dbllm: DbllmCall, model: str
+) -> None:
+    given = ["--prompt", "x"] if line[0] == "generate" else []
+    result = dbllm(*line, "--device", device, *given)
+
+    assert result.code == 2
+    assert "is not one of cpu, cuda" in result.err
 
 
 def test_every_wrong_value_is_told_at_once(dbllm: DbllmCall, model: str) -> None:

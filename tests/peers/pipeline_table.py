@@ -72,12 +72,12 @@ def costs(step: dict[str, Any], steps: Steps) -> list[str]:
 
 def tokens(step: dict[str, Any], steps: Steps) -> str:
     """What the step trained on; nothing for the steps that don't train."""
-    config, stage = step["lineage"]["config"], step["lineage"]["stage"]
+    config, stage = step["provenance"]["settings"], step["lineage"]["stage"]
     if stage not in ("reconstruct", "distill"):
         return ""
     read = step["lineage"]["inputs"]["calibration"]
     calibration = next(each for each in steps.values() if each["digest"] == read)
-    length = calibration["lineage"]["config"]["sequence_length"]
+    length = calibration["provenance"]["settings"]["sequence_length"]
     samples = config["num_samples"] or calibration["metrics"]["tokens"] // length
     if stage == "reconstruct":
         return f"{samples * config['passes'] * length:,}"

@@ -153,6 +153,53 @@ def test_a_wrong_override_is_shown_as_it_was_given(
     assert hint in error.hint
 
 
+@pytest.mark.parametrize("value", ["---", "=#", "notes #1.txt", "'x'", "1", "[", "", "*a", "~"])
+def test_a_value_for_a_text_is_taken_as_it_stands(load: Load, value: str) -> None:
+    for key in ("gather.text", "train.documents"):
+        if value:
+            step, name = key.split(".")
+            pipeline = load("", "", f"{key}={value}")
+            (config,) = (each.config for each in pipeline.steps if each.name == step)
+            assert getattr(config, name) == value
+        else:
+            assert "at least 1 character" in problem(load, "", "", f"{key}=").message
+    assert load("", "", "model.revision=0123").model.revision == "0123"
+
+
+def test_null_takes_a_text_away_and_other_settings_are_yaml(load: Load) -> None:
+    pipeline = load(
+        "{letters: 5}", "{text: x}", "gather.text=null", "train.names=[a, b]", "train.steps=7"
+    )
+    configs = {step.name: step.config for step in pipeline.steps}
+    assert configs["gather"].model_dump()["text"] is None
+    assert configs["train"].model_dump()["names"] == ("a", "b")
+    assert configs["train"].model_dump()["steps"] == 7
+
+
+@pytest.mark.parametrize("value", ["x" * 5000, "x/" * 3000, '"a\\0b"', '"\\ud800"'])
+def test_a_model_s_path_that_can_t_be_one_is_told_with_its_line(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        f"schema_version: 1\nmodel:\n  path: {value}\n"
+        "steps:\n  calibrate: {inputs: {model: model}}\n"
+    )
+    with pytest.raises(
+        ConfigError, match=r"x\.yaml:3: path of model, .*can't be a path: "
+    ) as caught:
+        load_pipeline(file)
+    assert len(caught.value.message) < 500
+
+
+def test_a_setting_without_effect_is_told_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "schema_version: 1\nmodel: {path: x}\nsteps:\n  init-fdb:\n    inputs: {model: model}\n"
+        "    config:\n      group_size: 32\n      batch_size: 8\n"
+    )
+    with pytest.raises(ConfigError, match=r"x\.yaml:8: batch_size of .* it needs method gptq"):
+        load_pipeline(file)
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
@@ -160,7 +207,7 @@ def test_a_wrong_override_is_shown_as_it_was_given(
         ("eval-ppl: {inputs: {model: model}}", "no text, no dataset and no calibration"),
         (
             "eval-ppl: {inputs: {model: model, calibration: calibrate}, config: {stride: 8}}",
-            "stride has no effect on the held-out part",
+            "eval-ppl has no effect: it needs protocol strided",
         ),
         (
             "eval-ppl: {inputs: {model: model, calibration: calibrate}, config: {text: x}}",
@@ -174,5 +221,5 @@ def test_settings_that_don_t_fit_the_inputs_are_told_before_anything_runs(
     file = tmp_path / "x.yaml"
     head = "schema_version: 1\nmodel: {path: x}\nsteps:\n  calibrate: {inputs: {model: model}}\n"
     file.write_text(f"{head}  {step}\n")
-    with pytest.raises(ConfigError, match=rf"x\.yaml:5: step .*{message}"):
+    with pytest.raises(ConfigError, match=rf"x\.yaml:5: .*step .*{message}"):
         load_pipeline(file)

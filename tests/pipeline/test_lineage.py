@@ -1,3 +1,5 @@
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +8,7 @@ import pytest
 from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.pipeline.lineage import keyed_config, lineage_of
-from dbllm_cli.stages.spec import AnyStage
+from dbllm_cli.stages.spec import STAGES, AnyStage
 from dbllm_cli.store import Artifact, Store, lineage_key
 
 Stages = dict[str, AnyStage]
@@ -16,14 +18,54 @@ def config(stages: Stages, stage: str, **settings: Any) -> StageConfig:
     return stages[stage].config(**settings)
 
 
-def test_the_lineage_holds_every_default(stages: Stages, store: Store, model: Artifact) -> None:
+def test_the_lineage_holds_what_differs_from_the_defaults(
+    stages: Stages, store: Store, model: Artifact
+) -> None:
     spec = stages["gather"]
-    assert lineage_of(spec, config(stages, "gather"), {"model": model}, store) == {
+    assert lineage_of(
+        spec, config(stages, "gather", letters=4, mode="fast"), {"model": model}, store
+    ) == {
         "stage": "gather",
         "stage_version": 1,
-        "config": {"letters": 3, "mode": "fast", "text": None},
+        "config": {"letters": 4},
         "inputs": {"model": model.digest},
     }
+
+
+def test_a_new_setting_with_its_default_changes_no_key(
+    stages: Stages, store: Store, model: Artifact
+) -> None:
+    spec = stages["gather"]
+
+    class Newer(spec.config):  # type: ignore[misc, name-defined]
+        added: int = 7
+
+    def key(settings: StageConfig) -> str:
+        return lineage_key(lineage_of(spec, settings, {"model": model}, store))
+
+    assert key(Newer(letters=4)) == key(spec.config(letters=4))
+    assert key(Newer(letters=4, added=8)) != key(spec.config(letters=4))
+
+
+def test_a_package_s_version_is_in_the_key_of_the_stages_that_name_it(
+    stages: Stages, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lineage(*packages: str) -> dict[str, Any]:
+        spec = replace(stages["gather"], packages=packages)
+        return lineage_of(spec, config(stages, "gather"), {}, store)
+
+    versions = {"lm_eval": "0.4.9"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert "packages" not in lineage()
+    assert lineage("lm_eval")["packages"] == {"lm_eval": "0.4.9"}
+    assert lineage("absent")["packages"] == {"absent": None}
+    assert STAGES["eval-tasks"].packages == ("lm_eval",)
 
 
 def test_a_setting_marked_as_no_part_of_the_key_changes_no_key(

@@ -1,15 +1,18 @@
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError
 from dbllm_cli.pipeline.file import Pipeline
+from dbllm_cli.pipeline.lineage import lineage_of
 from dbllm_cli.pipeline.plan import plan_pipeline
 from dbllm_cli.pipeline.run import run_pipeline
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.stages.spec import AnyStage, StageSpec
-from dbllm_cli.store import Store
+from dbllm_cli.store import Store, resolve_model
 
 Load = Callable[..., Pipeline]
 Shown = dict[str, tuple[str, tuple[str, ...]]]
@@ -98,6 +101,26 @@ def test_a_new_version_of_a_stage_is_named(
     old = stages["train"]
     stages["train"] = StageSpec("train", 2, old.config, old.inputs, "fdb", old.help)
     assert show(load(), store)["train"] == ("run", ("stage version changed: 1 -> 2",))
+
+
+def test_a_new_version_of_a_package_in_the_key_is_named(
+    done: Pipeline, load: Load, store: Store, stages: dict[str, AnyStage]
+) -> None:
+    stages["train"] = replace(stages["train"], packages=("torch", "no-such-package"))
+    (reason,) = show(load(), store)["train"][1]
+    assert reason == f"torch changed: none -> {version('torch')}"
+
+
+def test_an_artifact_whose_key_holds_defaults_is_of_an_older_dbllm(
+    load: Load, store: Store, model_folder: Path
+) -> None:
+    pipeline = load()
+    gather = pipeline.steps[0]
+    model = resolve_model(str(model_folder), None, store)
+    lineage = lineage_of(gather.stage, gather.config, {"model": model}, store)
+    older = lineage | {"config": gather.config.model_dump(mode="json")}
+    store.publish(store.staging(), "calibration", older, {"step": "gather"})
+    assert show(pipeline, store)["gather"] == ("run", ("the key of an older dbllm",))
 
 
 def test_a_forced_step_says_so(done: Pipeline, store: Store) -> None:

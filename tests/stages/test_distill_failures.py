@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from dbllm_cli.configs import DistillConfig
 from dbllm_cli.errors import DbllmError, StageFailedError
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
@@ -18,7 +16,7 @@ def test_a_loss_that_is_no_number_ends_the_stage(
     fresh: Workshop, training: dict[str, Artifact]
 ) -> None:
     with pytest.raises(StageFailedError, match=r"the loss is .* at step") as caught:
-        fresh.make("distill", training, **(SETTINGS | {"scale_lr": 1e30}))
+        fresh.make("distill", training, **SETTINGS, beyond={"scale_lr": 1e30})
     assert "--scale-lr" in caught.value.hint
     assert fresh.store.artifacts() == []
 
@@ -26,7 +24,7 @@ def test_a_loss_that_is_no_number_ends_the_stage(
 def test_a_last_measurement_that_is_no_number_ends_the_stage_or_keeps_the_best(
     fresh: Workshop, training: dict[str, Artifact], start: Artifact
 ) -> None:
-    settings = SETTINGS | {"scale_lr": 1e30, "steps": 1}
+    settings = SETTINGS | {"beyond": {"scale_lr": 1e30}, "steps": 1}
     try:
         kept = fresh.make("distill", training, **settings)
     except StageFailedError:
@@ -43,7 +41,9 @@ def test_scales_that_float16_can_not_hold_end_the_stage(
     nothing_held_out = workshop.calibrate(llama, held_out=0)
     inputs = training | {"calibration": nothing_held_out}
     with pytest.raises(StageFailedError, match="not finite in float16"):
-        fresh.make("distill", inputs, batch_size=2, steps=1, warmup_steps=0, scale_lr=1e8)
+        fresh.make(
+            "distill", inputs, batch_size=2, steps=1, warmup_steps=0, beyond={"scale_lr": 1e8}
+        )
 
 
 def test_a_teacher_that_gives_no_numbers_ends_the_stage(
@@ -59,8 +59,3 @@ def test_a_teacher_that_gives_no_numbers_ends_the_stage(
         fresh.make("distill", training | {"model": broken}, **SETTINGS)
     assert caught.value.exit_code in (5, 6)
     assert "please report" not in caught.value.hint
-
-
-def test_latent_weights_that_are_not_trained_can_t_be_kept() -> None:
-    with pytest.raises(ValidationError, match="keep_latents needs train weights"):
-        DistillConfig(keep_latents=True)

@@ -180,8 +180,6 @@ def test_the_held_out_part_of_the_calibration_is_read_without_text(
     expected = [float(token_losses(llama_folder, row).sum()) for row in rows]
     assert windows_of(outcome.artifact)["losses"] == pytest.approx(expected, rel=1e-4)
     assert outcome.metrics["protocol"]["name"] == "held-out"
-    with pytest.raises(ConfigError, match="stride has no effect on the held-out part"):
-        workshop.run("eval-ppl", {"model": llama, "calibration": calibration}, stride=4)
 
 
 def test_too_short_a_text_is_told(workshop: Workshop, llama: Artifact, text_file: Path) -> None:

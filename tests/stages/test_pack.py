@@ -225,7 +225,7 @@ def test_codes_where_the_configuration_tells_of_plain_levels_are_refused(
 
 
 def test_a_dense_export_has_nothing_in_8_bits() -> None:
-    with pytest.raises(ValueError, match="leave out embeddings int8"):
+    with pytest.raises(ValueError, match="embeddings has no effect: it needs format packed"):
         PackConfig(format="dense", embeddings="int8")
 
 

@@ -195,7 +195,9 @@ def test_a_loss_that_is_no_number_ends_the_stage(
     fresh: Workshop, training: dict[str, Artifact]
 ) -> None:
     with pytest.raises(StageFailedError, match="the loss of block 0 is") as caught:
-        fresh.make("reconstruct", training, **(SETTINGS | {"latent_lr": 1e30, "scale_lr": 1e30}))
+        fresh.make(
+            "reconstruct", training, **SETTINGS, beyond={"latent_lr": 1e30, "scale_lr": 1e30}
+        )
     assert "--latent-lr" in caught.value.hint
     assert fresh.store.artifacts() == []
 
@@ -203,6 +205,6 @@ def test_a_loss_that_is_no_number_ends_the_stage(
 def test_scales_that_float16_can_not_hold_end_the_stage(
     fresh: Workshop, training: dict[str, Artifact]
 ) -> None:
-    one_step = {"batch_size": 6, "passes": 1, "warmup_steps": 0, "scale_lr": 1e8}
+    one_step = {"batch_size": 6, "passes": 1, "warmup_steps": 0, "beyond": {"scale_lr": 1e8}}
     with pytest.raises(StageFailedError, match="not finite in float16"):
         fresh.make("reconstruct", training, **one_step)

@@ -1,87 +1,48 @@
-"""The command `dbllm`: the app, and the only place where errors become exit codes."""
+"""The command `dbllm`. It imports little before it can be stopped in order: see `main`."""
 
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Sequence
-from typing import Annotated
+from io import TextIOWrapper
+from types import FrameType
 
-import typer
-
-from dbllm_cli.commands import artifacts, doctor, generate, pipelines, stages
-from dbllm_cli.commands.doctor import installed_version
-from dbllm_cli.commands.options import plain_message
-from dbllm_cli.console import Console, report
-from dbllm_cli.errors import DbllmError, UsageError
-
-_INTERRUPTED = 130
-
-app = typer.Typer(
-    name="dbllm",
-    help="Turn a causal language model into a 2-bit one by the DB-LLM method, and run it.",
-    epilog="Start with: dbllm run pipelines/quickstart.yaml --dry-run",
-    rich_markup_mode=None,  # boxes would cut long option names short
-    pretty_exceptions_enable=False,
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        Console().print_line(f"dbllm {installed_version()}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    _version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="print the version"),
-    ] = False,
-) -> None: ...
-
-
-for _module in (pipelines, stages, artifacts, generate, doctor):
-    _module.register(app)
-
-
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line; returns its exit code."""
-    as_json = "--json" in arguments
-    console = Console()
-    try:
-        # typer gives back the code of an Exit, and None for a command that came to its end.
-        code = app(list(arguments) or ["--help"], prog_name="dbllm", standalone_mode=False)
-    except DbllmError as error:
-        return report(console, error, as_json)
-    except typer.TyperException as error:
-        return report(console, _usage_error(error), as_json)
-    except Exception as error:  # noqa: BLE001  a bug of ours
-        return _report_bug(console, error, as_json)
-    if code == _INTERRUPTED:
-        console.error("interrupted", "run the same command again to go on where it was")
-    return code or 0
+_INTERRUPTED, _STOPPED = 130, 75
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script.
+
+    While the rest is imported nothing can be lost, so that a signal ends the process at once.
+    Later SIGINT is Python's own, and the making of an artifact takes SIGTERM as an error.
+    """
+    signal.signal(signal.SIGINT, _end)
+    signal.signal(signal.SIGTERM, _end)
     # torch reads it when it is imported: what Apple's GPUs lack (frexp, eigh) runs on the CPU.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    sys.exit(run(sys.argv[1:]))
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A path may hold bytes that are no text: they are printed as they are.
+        sys.stdout.reconfigure(errors="surrogateescape")
+    from dbllm_cli.app import run
+
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        code = _INTERRUPTED
+    sys.exit(code)
 
 
-def _usage_error(error: typer.TyperException) -> UsageError:
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context else "dbllm"
-    return UsageError(plain_message(error.format_message()), f"{command} --help")
+def _end(number: int, frame: FrameType | None) -> None:
+    del frame
+    interrupted = number == signal.SIGINT
+    _tell("interrupted" if interrupted else "stopped by SIGTERM")
+    # An exception could be swallowed by whatever is being imported.
+    os._exit(_INTERRUPTED if interrupted else _STOPPED)
 
 
-def _report_bug(console: Console, error: Exception, as_json: bool) -> int:
-    console.note("".join(traceback.format_exception(error, limit=-4)).rstrip())
-    bug = DbllmError(
-        f"this is a bug in dbllm: {type(error).__name__}: {error}",
-        "please report it with the lines above and the output of: dbllm doctor",
-    )
-    return report(console, bug, as_json)
+def _tell(what: str) -> None:
+    os.write(2, f"error: {what}\nhint: give the same command again\n".encode())
 
 
 if __name__ == "__main__":

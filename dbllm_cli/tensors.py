@@ -1,6 +1,5 @@
 """Safetensors folders: read one tensor at a time, write in shards under Hugging Face's names."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
+from dbllm_cli.store.json_file import COPY_AGAIN, write_json
+from dbllm_cli.store.weight_index import index_name, read_weight_map
 
 _METADATA = {"format": "pt"}
-_COPY_AGAIN = "copy or download the file again"
 _OPEN_BYTES = 256 * 2**20
 """Read from a file before it is opened anew: while it is open, what was read counts as memory."""
 
@@ -37,17 +37,16 @@ class TensorFolder:
 
     Raises:
         ArtifactMissingError: the folder holds no such safetensors file.
-        ArtifactCorruptError: a file is not safetensors.
+        ArtifactCorruptError: a file is not safetensors, or the index names no files of the folder.
     """
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder = folder
         self._open: tuple[Path, Any] | None = None
         self._read_bytes = 0
-        index = folder / f"{stem}.safetensors.index.json"
+        index = folder / index_name(stem)
         if index.is_file():
-            weight_map = _weight_map(index)
-            self._files = {name: folder / file for name, file in weight_map.items()}
+            self._files = {name: folder / file for name, file in read_weight_map(index).items()}
             return
         single = folder / f"{stem}.safetensors"
         if not single.is_file():
@@ -65,7 +64,13 @@ class TensorFolder:
         return name in self._files
 
     def get(self, name: str) -> Tensor:
-        """One tensor, on the CPU in its stored dtype."""
+        """One tensor, on the CPU in its stored dtype.
+
+        Raises:
+            ArtifactCorruptError: there is none of this name.
+        """
+        if name not in self._files:
+            raise ArtifactCorruptError(f"{self.folder} has no tensor {name}", COPY_AGAIN)
         path = self._files[name]
         if self._open is None or self._open[0] != path or self._read_bytes >= _OPEN_BYTES:
             self._open, self._read_bytes = (path, _opened(path)), 0
@@ -73,10 +78,20 @@ class TensorFolder:
             tensor: Tensor = self._open[1].get_tensor(name)
         except SafetensorError as error:
             raise ArtifactCorruptError(
-                f"{path} has no tensor {name}, which its index names", _COPY_AGAIN
+                f"{path} has no tensor {name}, which its index names", COPY_AGAIN
             ) from error
         self._read_bytes += tensor.nbytes
         return tensor
+
+    def check(self) -> None:
+        """Open every file once.
+
+        Raises:
+            ArtifactCorruptError: one is not safetensors.
+        """
+        for path in sorted(set(self._files.values())):
+            with _opened(path):
+                pass
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one at a time."""
@@ -84,20 +99,15 @@ class TensorFolder:
             yield name, self.get(name)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactCorruptError(f"{index} is not an index of shards", _COPY_AGAIN) from error
-    return weight_map
-
-
 def _opened(path: Path) -> safe_open:
+    # Opening a FIFO would wait for a writer.
+    if path.exists() and not path.is_file():
+        raise ArtifactCorruptError(f"{path} is not a plain file", COPY_AGAIN)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ArtifactCorruptError(
-            f"{path} can't be read as safetensors: {error}", _COPY_AGAIN
+            f"{path} can't be read as safetensors: {error}", COPY_AGAIN
         ) from error
 
 
@@ -164,8 +174,7 @@ class ShardWriter:
             self._part(number).rename(self._folder / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        path = self._folder / f"{self._stem}.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_json(self._folder / index_name(self._stem), index)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

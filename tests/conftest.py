@@ -3,14 +3,14 @@
 torch is imported inside the fixtures: the tests of the command line run without it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dbllm_cli.pipeline.run import Outcome, run_stage
+from dbllm_cli.pipeline.stage import Outcome, run_stage
 from dbllm_cli.progress import Progress, SilentProgress
 from dbllm_cli.stages.spec import STAGES
 from dbllm_cli.store import Artifact, Store, resolve_model
@@ -49,6 +49,14 @@ class Workshop:
     def calibrate(self, model: Artifact, **settings: Any) -> Artifact:
         sizes = {"num_samples": 6, "held_out": 3, "sequence_length": 24, "batch_size": 4}
         return self.make("calibrate", {"model": model}, **(sizes | settings))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept between runs stays out of the user's own cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

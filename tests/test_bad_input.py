@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from dbllm_cli.__main__ import run
+from dbllm_cli.app import run
 from dbllm_cli.errors import (
     ArtifactCorruptError,
     ArtifactMissingError,
@@ -18,10 +18,11 @@ from dbllm_cli.errors import (
     DbllmError,
     StageFailedError,
 )
-from dbllm_cli.pipeline.run import run_stage
+from dbllm_cli.pipeline.stage import run_stage
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.stages.spec import STAGES
 from dbllm_cli.store import Artifact, resolve_input
+from dbllm_cli.store.manifest import build_manifest
 from tests.conftest import Workshop
 from tests.tiny_models import save_model, save_tokenizer
 
@@ -226,7 +227,8 @@ def test_a_student_that_gives_no_numbers_ends_the_stage(
 ) -> None:
     start = training["student"]
     folder = with_changed_tensor(start.path, tmp_path / "bad", "model.norm.weight", math.nan)
-    broken = Artifact(folder, "fdb", "1" * 64, start.manifest)
+    manifest = build_manifest(folder, "fdb", start.manifest["lineage"], {})
+    broken = Artifact(folder, "fdb", "1" * 64, manifest)
     with pytest.raises(DbllmError) as caught:
         fresh.run("distill", training | {"student": broken}, steps=1)
     assert isinstance(caught.value, StageFailedError | ArtifactCorruptError)

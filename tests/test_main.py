@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dbllm_cli import errors
-from dbllm_cli.__main__ import run
+from dbllm_cli.app import run
 from dbllm_cli.stages.spec import STAGES, StageSpec
 
 Captured = pytest.CaptureFixture[str]
@@ -146,7 +146,7 @@ def test_the_version_is_told(capsys: Captured) -> None:
 )
 def test_what_needs_no_model_imports_no_torch(arguments: list[str], tmp_path: Path) -> None:
     code = (
-        "import sys; from dbllm_cli.__main__ import run; run(sys.argv[1:]);"
+        "import sys; from dbllm_cli.app import run; run(sys.argv[1:]);"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'numpy', 'pandas'};"
         "sys.exit(', '.join(heavy & set(sys.modules)) or None)"
     )
@@ -175,3 +175,22 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     assert done.returncode == 4
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("ls",), ("ls", "--json"), ("verify",), ("verify", "--json")]
+)
+def test_a_path_that_is_no_text_is_printed_as_the_bytes_that_it_is(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "artifacts" / os.fsdecode(b"fdb-\xff")).mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dbllm_cli", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        check=False,
+    )
+
+    assert done.returncode == (5 if "verify" in arguments else 0), done.stderr
+    assert b"artifacts/fdb-\xff" in done.stdout

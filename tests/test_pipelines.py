@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dbllm_cli.__main__ import run
+from dbllm_cli.app import run
 from dbllm_cli.pipeline.file import Pipeline, load_pipeline
 from dbllm_cli.pipeline.schema import pipeline_schema
 from tests.conftest import SHARED_DATA

@@ -1,4 +1,5 @@
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -113,6 +114,25 @@ def test_a_shard_that_lacks_a_tensor_of_the_index_is_refused(tmp_path: Path) -> 
     save_tensors({"other": torch.ones(1)}, tmp_path / "model-00001-of-00003.safetensors")
     with pytest.raises(ArtifactCorruptError, match=r"layer\.0\.weight"):
         TensorFolder(tmp_path).get("layer.0.weight")
+
+
+def test_a_tensor_that_no_file_holds_is_told_by_name(tmp_path: Path) -> None:
+    _write(tmp_path)
+    with pytest.raises(ArtifactCorruptError, match=r"has no tensor layer\.9\.weight"):
+        TensorFolder(tmp_path).get("layer.9.weight")
+
+
+def test_every_file_is_opened_by_a_check(tmp_path: Path) -> None:
+    _write(tmp_path, shard_bytes=2 * 64)
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    TensorFolder(tmp_path).check()
+    shard.write_bytes(b"no header")
+    with pytest.raises(ArtifactCorruptError, match="model-00002-of-00003"):
+        TensorFolder(tmp_path).check()
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(ArtifactCorruptError, match="is not a plain file"):
+        TensorFolder(tmp_path).check()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,6 +1,5 @@
 """`ls`, `show` and `verify`: what the store holds."""
 
-import json as json_format
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,8 @@ import typer
 from dbllm_cli.commands.options import JsonOption, StoreOption
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text, size_text, value_text
 from dbllm_cli.errors import ArtifactCorruptError
-from dbllm_cli.pipeline.run import METRICS
-from dbllm_cli.store import Artifact, DamagedArtifact, Store
+from dbllm_cli.pipeline.stage import METRICS
+from dbllm_cli.store import Artifact, DamagedArtifact, Store, read_object
 from dbllm_cli.store.store import DEFAULT_ROOT
 
 ArtifactArgument = Annotated[
@@ -64,7 +63,7 @@ def show(
     """Show what an artifact is, what it measured and what it was made from."""
     opened = Store(store)
     shown = opened.open(artifact)
-    metrics = _read_json(shown, METRICS)
+    metrics = _object(shown, METRICS)
     lineage = _lineage_tree(shown, _by_digest(opened))
     console = Console()
     if json:
@@ -72,7 +71,7 @@ def show(
             {
                 "path": str(shown.path),
                 "manifest": shown.manifest,
-                "metrics": metrics,
+                "metrics": metrics or None,
                 "lineage": lineage,
             }
         )
@@ -84,7 +83,9 @@ def show(
     console.print_line("\nmade from")
     for line in _tree_lines(lineage["inputs"], "  "):
         console.print_line(line)
-    layers = _read_json(shown, _LAYERS)
+    layers = {
+        name: layer for name, layer in _object(shown, _LAYERS).items() if isinstance(layer, dict)
+    }
     if layers:
         console.print_line("")
         figures = tuple(next(iter(layers.values())))
@@ -128,15 +129,15 @@ def _summary(artifact: Artifact | DamagedArtifact) -> dict[str, Any]:
     entry = {"path": str(artifact.path), **entry}
     if isinstance(artifact, DamagedArtifact):
         return {**entry, "problem": artifact.error.message}
-    manifest = artifact.manifest
+    record = artifact.record
     return {
         **entry,
         "kind": artifact.kind,
-        "stage": manifest["lineage"].get("stage"),
+        "stage": record.lineage.stage,
         "digest": artifact.digest,
-        "started": manifest["provenance"].get("started"),
-        "seconds": manifest["provenance"].get("seconds"),
-        "size": _size(artifact),
+        "started": record.provenance.started,
+        "seconds": record.provenance.seconds,
+        "size": record.size,
     }
 
 
@@ -163,29 +164,25 @@ def _problems(
 
 
 def _show_manifest(console: Console, artifact: Artifact) -> None:
-    lineage, provenance = artifact.manifest["lineage"], artifact.manifest["provenance"]
-    files = artifact.manifest["files"]
+    record = artifact.record
+    lineage, provenance = record.lineage, record.provenance
     made = [
-        provenance.get("started"),
-        seconds_text(provenance.get("seconds", 0.0)),
-        f"{provenance.get('peak_memory_mib', 0):.0f} MiB at most",
-        f"on {provenance.get('device')}",
+        provenance.started,
+        seconds_text(provenance.seconds),
+        f"{provenance.peak_memory_mib:.0f} MiB at most",
+        f"on {provenance.device}",
     ]
     rows = [
         ("artifact", artifact.path),
         ("kind", artifact.kind),
         ("digest", artifact.digest),
-        ("size", f"{size_text(_size(artifact))} in {len(files)} files"),
-        ("stage", f"{lineage.get('stage')} (version {lineage.get('stage_version')})"),
+        ("size", f"{size_text(record.size)} in {len(record.files)} files"),
+        ("stage", f"{lineage.stage} (version {lineage.stage_version})"),
         ("made", ", ".join(str(part) for part in made)),
     ]
     console.print_table(("", ""), rows)
     console.print_line("\nsettings")
-    console.print_table(("", ""), list(_flat(lineage.get("config", {}))))
-
-
-def _size(artifact: Artifact) -> int:
-    return sum(entry["size"] for entry in artifact.manifest["files"].values())
+    console.print_table(("", ""), list(_flat(lineage.config)))
 
 
 def _by_digest(store: Store) -> dict[str, Artifact]:
@@ -194,14 +191,14 @@ def _by_digest(store: Store) -> dict[str, Artifact]:
 
 def _lineage_tree(artifact: Artifact, stored: dict[str, Artifact]) -> dict[str, Any]:
     """An artifact with its inputs, and theirs; those outside the store by their digest alone."""
-    lineage = artifact.manifest["lineage"]
+    lineage = artifact.record.lineage
     inputs = {}
-    for slot, digest in lineage.get("inputs", {}).items():
+    for slot, digest in lineage.inputs.items():
         found = stored.get(digest)
         inputs[slot] = _lineage_tree(found, stored) if found else {"digest": digest}
     return {
         "path": str(artifact.path),
-        "stage": lineage.get("stage"),
+        "stage": lineage.stage,
         "digest": artifact.digest,
         "inputs": inputs,
     }
@@ -224,14 +221,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
             yield f"  {prefix}{name}", value_text(value)
 
 
-def _read_json(artifact: Artifact, name: str) -> Any:
-    path = artifact.path / name
-    if not path.is_file():
-        return None
-    try:
-        return json_format.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactCorruptError(
-            f"artifact {artifact.path} is damaged: {name} is not JSON: {error}",
-            f"dbllm verify {artifact.path}",
-        ) from error
+def _object(artifact: Artifact, name: str) -> dict[str, Any]:
+    return read_object(artifact, name) if name in artifact.record.files else {}

@@ -10,7 +10,7 @@ from dbllm_cli.commands.options import (
     StoreOption,
     TrustOption,
 )
-from dbllm_cli.console import Console
+from dbllm_cli.console import Console, ConsoleProgress
 from dbllm_cli.store import Store, resolve_input
 from dbllm_cli.store.store import DEFAULT_ROOT
 
@@ -51,8 +51,9 @@ def generate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Write text with a model, as it comes."""
-    opened = Store(store)
+    opened, console = Store(store), Console()
     artifact = resolve_input(model, ("model", "fdb", "packed"), opened, model_revision)
+    opened.require_whole([artifact], ConsoleProgress(console))
     from dbllm_cli.llm.generation import generate_stream  # torch comes in here
 
     pieces = generate_stream(
@@ -68,4 +69,4 @@ def generate(
         work=opened.work,
         trust_remote_code=trust_remote_code,
     )
-    Console().print_stream(pieces)
+    console.print_stream(pieces)

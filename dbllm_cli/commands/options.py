@@ -59,6 +59,10 @@ TrustOption = Annotated[
         help="let transformers run code that comes with the model",
     ),
 ]
+NoWaitOption = Annotated[
+    bool,
+    typer.Option("--no-wait", help="fail where another run makes the same, instead of waiting"),
+]
 ModelRevisionOption = Annotated[
     str | None,
     typer.Option(

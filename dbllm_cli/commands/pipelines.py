@@ -8,6 +8,7 @@ import typer
 from dbllm_cli.commands.options import (
     DeviceOption,
     JsonOption,
+    NoWaitOption,
     StoreOption,
     TrustOption,
 )
@@ -15,7 +16,7 @@ from dbllm_cli.commands.stages import is_figure, outcome_json
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text, value_text
 from dbllm_cli.pipeline.file import Pipeline, load_pipeline
 from dbllm_cli.pipeline.plan import PlannedStep, plan_pipeline
-from dbllm_cli.pipeline.run import Outcome, run_pipeline
+from dbllm_cli.pipeline.run import PipelineRun, run_pipeline
 from dbllm_cli.pipeline.schema import pipeline_schema
 from dbllm_cli.store import Store
 from dbllm_cli.store.store import DEFAULT_ROOT
@@ -57,6 +58,11 @@ def run(
     store: StoreOption = DEFAULT_ROOT,
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
+    no_wait: NoWaitOption = False,
+    keep_going: Annotated[
+        bool,
+        typer.Option("--keep-going", help="after a failure run the steps that don't need it"),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Run the steps of a pipeline file that are not up to date."""
@@ -66,7 +72,7 @@ def run(
     if dry_run:
         _show_plan(console, loaded, plan_pipeline(loaded, opened, force, only), json)
         return
-    outcomes = run_pipeline(
+    ended = run_pipeline(
         loaded,
         opened,
         progress=ConsoleProgress(console),
@@ -74,8 +80,17 @@ def run(
         force=force,
         only=only,
         trust_remote_code=trust_remote_code,
+        wait=not no_wait,
+        keep_going=keep_going,
     )
-    _show_outcomes(console, loaded, outcomes, json)
+    _show_run(console, loaded, ended, json)
+    if ended.failures:
+        first = ended.failures[0]
+        names = ", ".join(failure.step for failure in ended.failures)
+        console.error(
+            f"failed: {names}; the first, {first.step}: {first.error.message}", first.error.hint
+        )
+        raise typer.Exit(first.error.exit_code)
 
 
 def status(
@@ -119,24 +134,35 @@ def _planned_json(planned: PlannedStep) -> dict[str, Any]:
     }
 
 
-def _show_outcomes(
-    console: Console, pipeline: Pipeline, outcomes: list[Outcome], as_json: bool
-) -> None:
+def _show_run(console: Console, pipeline: Pipeline, run: PipelineRun, as_json: bool) -> None:
     if as_json:
-        steps = [{"step": outcome.step, **outcome_json(outcome)} for outcome in outcomes]
-        console.print_json({"pipeline": str(pipeline.path), "steps": steps})
+        steps = [{"step": outcome.step, **outcome_json(outcome)} for outcome in run.outcomes]
+        failed = [
+            {"step": each.step, "message": each.error.message, "exit_code": each.error.exit_code}
+            for each in run.failures
+        ]
+        console.print_json(
+            {
+                "pipeline": str(pipeline.path),
+                "steps": steps,
+                "failed": failed,
+                "left_out": run.left_out,
+            }
+        )
         return
-    rows = [
+    rows: list[tuple[object, ...]] = [
         (
             outcome.step,
             "made" if outcome.ran else "up to date",
             seconds_text(outcome.seconds),
-            f"{outcome.artifact.manifest['provenance']['peak_memory_mib']:.0f} MiB",
+            f"{outcome.artifact.record.provenance.peak_memory_mib:.0f} MiB",
             outcome.artifact.path,
             _figures(outcome.metrics),
         )
-        for outcome in outcomes
+        for outcome in run.outcomes
     ]
+    rows += [(each.step, "failed", "", "", "", each.error.message) for each in run.failures]
+    rows += [(name, "left out", "", "", "", "needs a step that failed") for name in run.left_out]
     console.print_table(("step", "", "time", "peak memory", "artifact", "figures"), rows)
 
 

@@ -10,13 +10,14 @@ from dbllm_cli.commands.options import (
     DeviceOption,
     JsonOption,
     ModelRevisionOption,
+    NoWaitOption,
     StoreOption,
     TrustOption,
     build_config,
     config_parameters,
 )
 from dbllm_cli.console import Console, ConsoleProgress, seconds_text
-from dbllm_cli.pipeline.run import Outcome, run_stage
+from dbllm_cli.pipeline.stage import Outcome, run_stage
 from dbllm_cli.stages.spec import STAGES, AnyStage, Slot
 from dbllm_cli.store import Artifact, Store, resolve_input
 from dbllm_cli.store.store import DEFAULT_ROOT
@@ -45,6 +46,7 @@ def _parameters(spec: AnyStage) -> list[Parameter]:
         "device": (DeviceOption, "cpu"),
         "force": (ForceOption, False),
         "trust_remote_code": (TrustOption, False),
+        "no_wait": (NoWaitOption, False),
         "json": (JsonOption, False),
     }
     if _takes_model(spec):
@@ -89,6 +91,7 @@ def _run(spec: AnyStage, values: Mapping[str, Any]) -> None:
         device=values["device"],
         force=values["force"],
         trust_remote_code=values["trust_remote_code"],
+        wait=not values["no_wait"],
     )
     _show(console, spec, outcome, values["json"])
 

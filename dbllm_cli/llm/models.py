@@ -1,6 +1,7 @@
 """Opening models, and importing what is not yet safetensors under module names."""
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -18,11 +19,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, first_line
-from dbllm_cli.llm.quantizer import NewerFormatError, register, without_cpu_kernels
+from dbllm_cli.errors import ArtifactCorruptError, ConfigError, first_line
+from dbllm_cli.llm.quantizer import packed_settings, register, without_cpu_kernels
 from dbllm_cli.llm.quiet import quiet_transformers
 from dbllm_cli.store import Artifact, new_staging
-from dbllm_cli.store.disk import put
+from dbllm_cli.store.disk import rename_durably
 from dbllm_cli.tensors import ShardWriter, TensorFolder
 
 Model: TypeAlias = PreTrainedModel
@@ -64,12 +65,19 @@ def model_folder(model: Artifact, work: Path, trust_remote_code: bool = False) -
             _publish(staging, imported)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+    _mark_as_used(imported)
     return imported
+
+
+def _mark_as_used(imported: Path) -> None:
+    """Set the folder's time, by which `dbllm gc` knows how long it was not used."""
+    with contextlib.suppress(OSError):
+        os.utime(imported)
 
 
 def _publish(staging: Path, imported: Path) -> None:
     try:
-        put(staging, imported)
+        rename_durably(staging, imported)
     except OSError:
         # Another run may have imported it meanwhile: the same files, so either copy serves.
         if not imported.is_dir():
@@ -132,7 +140,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # transformers, its checks and code of models raise their own
         raise ConfigError(
             f"transformers can't read {folder / 'config.json'}: {first_line(error)}",
             "check model_type; for code that comes with the model add --trust-remote-code",
@@ -144,7 +152,7 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
     """The model with its parameters on the meta device and its buffers real, in eval mode.
 
     Raises:
-        ConfigError: the architecture is no causal language model.
+        ConfigError: the architecture is no causal language model, or its settings make none.
     """
     try:
         with init_empty_weights(include_buffers=False):
@@ -155,6 +163,12 @@ def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pr
         raise ConfigError(
             f"{config.model_type} is not a causal language model: {first_line(error)}",
             "dbllm quantizes decoder-only transformers models",
+        ) from error
+    except Exception as error:  # whatever a model's code runs into
+        raise ConfigError(
+            f"transformers makes no model of these settings of {config.model_type}: "
+            f"{type(error).__name__}: {first_line(error)}",
+            "compare config.json with that of the model's release",
         ) from error
     model.tie_weights()
     model.eval()
@@ -179,11 +193,13 @@ def load_model(
 
     Raises:
         ConfigError: transformers does not know the architecture.
-        ArtifactCorruptError: the folder lacks a tensor of the model.
+        ArtifactCorruptError: a file is damaged, or the folder lacks a tensor of the model.
     """
     register()
     require_device(device)
     load_config(folder, trust_remote_code)
+    packed_settings(folder)
+    TensorFolder(folder).check()
     runs_on_cpu = torch.device(device).type == "cpu" and not trains
     with quiet_transformers(), contextlib.nullcontext() if runs_on_cpu else without_cpu_kernels():
         model = _from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -196,8 +212,13 @@ def _from_pretrained(source: Path, **options: Any) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, **options
         )
-    except NewerFormatError as error:
-        raise ArtifactMissingError(f"{source}: {error}", "upgrade dbllm") from error
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise ArtifactCorruptError(
+            f"the tensors of {source} are not of the sizes that its config.json tells",
+            "download or export the model again",
+        ) from error
     model: PreTrainedModel = loaded[0]
     # transformers fills what is missing with random values and goes on.
     missing = sorted(loaded[1]["missing_keys"])

@@ -4,7 +4,6 @@
 stores them (`fdb.schemes`), `<layer>.alpha` first. Every other tensor has the model's own name.
 """
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,15 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
+from dbllm_cli.errors import ArtifactCorruptError
 from dbllm_cli.fdb.groups import group_count
 from dbllm_cli.fdb.quantized import QuantizedMatrix, latent_start
 from dbllm_cli.fdb.schemes import open_scheme
 from dbllm_cli.llm.models import copy_other_files
-from dbllm_cli.llm.quantizer import (
-    DbllmConfig,
-    NewerFormatError,
-)
+from dbllm_cli.llm.quantizer import packed_settings
+from dbllm_cli.store.json_file import read_json_object
 from dbllm_cli.tensors import ShardWriter, TensorFolder
 
 LATENTS = "latents"
@@ -39,18 +36,12 @@ class PackedFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors = TensorFolder(folder)
-        settings = _quantization_settings(folder)
-        if settings.get("quant_method") != "dbllm":
+        config = packed_settings(folder)
+        if config is None:
             raise ArtifactCorruptError(
                 f"{folder / 'config.json'} has no quantization_config of dbllm",
                 "make the artifact again: dbllm init-fdb",
             )
-        try:
-            config = DbllmConfig(**settings)
-        except NewerFormatError as error:
-            raise ArtifactMissingError(f"{folder}: {error}", "upgrade dbllm") from error
-        except ValueError as error:
-            raise ArtifactCorruptError(f"{folder}: {error}", "make the artifact again") from error
         self.group_size = config.group_size
         self.levels = config.levels or "plain"
         self.scheme = open_scheme(self.levels)
@@ -60,14 +51,18 @@ class PackedFolder:
     @property
     def dtype(self) -> torch.dtype:
         """Of the tensors that are not quantized."""
-        name = json.loads((self.folder / "config.json").read_text())["dtype"]
-        dtype: torch.dtype = getattr(torch, name)
+        name = read_json_object(self.folder / "config.json").get("dtype")
+        dtype = getattr(torch, str(name), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ArtifactCorruptError(
+                f"{self.folder / 'config.json'} has the dtype {name}", "make the artifact again"
+            )
         return dtype
 
     @staticmethod
     def is_one(folder: Path) -> bool:
         """Whether a folder holds planes and scales, not a dense export."""
-        return _quantization_settings(folder).get("quant_method") == "dbllm"
+        return packed_settings(folder) is not None
 
     def layer_names(self) -> list[str]:
         """Names of the quantized layers, sorted."""
@@ -116,13 +111,6 @@ class PackedFolder:
         for name in self.tensors.names():
             if name not in quantized:
                 yield name, self.tensors.get(name)
-
-
-def _quantization_settings(folder: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((folder / "config.json").read_text()).get(
-        "quantization_config", {}
-    )
-    return settings
 
 
 def _is_alpha(name: str) -> bool:

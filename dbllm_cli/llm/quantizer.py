@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.llm.attention import use_cpu_attention
 from dbllm_cli.llm.blocks import find_blocks, layer_shape
 from dbllm_cli.llm.decoder_blocks import use_block_kernels
 from dbllm_cli.llm.embeddings import use_int8_embeddings
 from dbllm_cli.registry import registered
+from dbllm_cli.store.json_file import read_json_object
 
 FORMAT_VERSION = 1
 NEWEST_FORMAT = 3
@@ -54,6 +57,7 @@ class DbllmConfig(QuantizationConfigMixin):
 
     Raises:
         NewerFormatError: the folder was written by a newer dbllm.
+        ValueError: a setting is none that dbllm writes.
     """
 
     def __init__(
@@ -66,6 +70,13 @@ class DbllmConfig(QuantizationConfigMixin):
         **kwargs: Any,
     ) -> None:
         del kwargs
+        if not _is_count(group_size) or group_size % 8:
+            raise ValueError(f"group_size {group_size!r} is no multiple of 8")
+        kept = modules_to_not_convert or []
+        if not _are_names(kept):
+            raise ValueError("modules_to_not_convert is no list of names")
+        if not _is_count(format_version):
+            raise ValueError(f"packed format {format_version!r} is not known here")
         if embedding_bits not in (None, 8):
             raise ValueError(f"embeddings in {embedding_bits} bits are not known here: 8 or none")
         if levels not in (None, *registered("fdb/schemes")):
@@ -82,11 +93,37 @@ class DbllmConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.embedding_bits = embedding_bits
         self.levels = levels
-        self.modules_to_not_convert = list(modules_to_not_convert or ())
+        self.modules_to_not_convert = list(kept)
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it: without what is not set."""
         return {key: value for key, value in super().to_dict().items() if value is not None}
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def packed_settings(folder: Path) -> DbllmConfig | None:
+    """The settings of a folder with planes and scales; None of any other model's.
+
+    Raises:
+        ArtifactMissingError: the folder was written by a newer dbllm.
+        ArtifactCorruptError: config.json is damaged, or none that dbllm writes.
+    """
+    settings = read_json_object(folder / "config.json").get("quantization_config")
+    if not isinstance(settings, dict) or settings.get("quant_method") != "dbllm":
+        return None
+    try:
+        return DbllmConfig(**settings)
+    except NewerFormatError as error:
+        raise ArtifactMissingError(f"{folder}: {error}", "upgrade dbllm") from error
+    except ValueError as error:
+        raise ArtifactCorruptError(f"{folder}: {error}", "make the artifact again") from error
 
 
 class DbllmQuantizer(HfQuantizer):

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, DbllmError
 from dbllm_cli.pipeline.file import Pipeline, Step
-from dbllm_cli.pipeline.lineage import Lineage, keyed_config, lineage_of
+from dbllm_cli.pipeline.lineage import keyed_config, lineage_of
 from dbllm_cli.pipeline.nearest import nearest
 from dbllm_cli.pipeline.wiring import MODEL
-from dbllm_cli.store import Artifact, Store, lineage_key, resolve_model
+from dbllm_cli.store import Artifact, LineageRecord, Store, lineage_key, resolve_model
 
 Action = Literal["run", "up to date", "left out"]
 
@@ -143,56 +143,57 @@ def _planned(
 def _changes(
     step: Step, known: Mapping[str, Artifact], store: Store, made: list[Artifact]
 ) -> list[str]:
-    now: Lineage = {
-        "stage_version": step.stage.version,
-        "config": keyed_config(step.config, store),
-        "inputs": {name: known[source].digest for name, source in _wires(step) if source in known},
-    }
+    now = LineageRecord(
+        stage=step.stage.name,
+        stage_version=step.stage.version,
+        config=keyed_config(step.config, store),
+        inputs={name: known[source].digest for name, source in _wires(step) if source in known},
+    )
     past = [
         artifact
         for artifact in made
-        if artifact.manifest["provenance"].get("step") == step.name
-        and artifact.manifest["lineage"]["stage"] == step.stage.name
+        if artifact.record.provenance.step == step.name
+        and artifact.record.lineage.stage == step.stage.name
     ]
     if not past:
         return [_NEVER_RUN]
     differences = [
-        _differences(artifact.manifest["lineage"], now, step)
+        _differences(artifact.record.lineage, now, step)
         for artifact in sorted(past, key=_started, reverse=True)
     ]
     return min(differences, key=len)
 
 
-def _differences(then: Lineage, now: Lineage, step: Step) -> list[str]:
+def _differences(then: LineageRecord, now: LineageRecord, step: Step) -> list[str]:
     found = []
-    if then["stage_version"] != now["stage_version"]:
-        found.append(f"stage version changed: {then['stage_version']} -> {now['stage_version']}")
-    for name, value in now["config"].items():
-        old = then["config"].get(name)
-        if name not in then["config"]:
+    if then.stage_version != now.stage_version:
+        found.append(f"stage version changed: {then.stage_version} -> {now.stage_version}")
+    for name, value in now.config.items():
+        old = then.config.get(name)
+        if name not in then.config:
             found.append(f"setting added: {name}")
         elif old != value:
             found.append(f"setting changed: {name} {_shown(old)} -> {_shown(value)}")
-    found += [f"setting removed: {name}" for name in then["config"] if name not in now["config"]]
+    found += [f"setting removed: {name}" for name in then.config if name not in now.config]
     wires = {name for name, _ in _wires(step)}
-    for name in sorted(wires | set(then["inputs"])):
+    for name in sorted(wires | set(then.inputs)):
         if name not in wires:
             found.append(f"input removed: {name}")
-        elif name not in then["inputs"]:
+        elif name not in then.inputs:
             found.append(f"input added: {name}")
-        elif name in now["inputs"] and then["inputs"][name] != now["inputs"][name]:
+        elif name in now.inputs and then.inputs[name] != now.inputs[name]:
             found.append(f"input changed: {name}")
     return found
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict) and "sha256" in value:
-        return f"file {value['sha256'][:8]}"
+        return f"file {str(value['sha256'])[:8]}"
     return str(value)
 
 
 def _started(artifact: Artifact) -> str:
-    return str(artifact.manifest["provenance"].get("started", ""))
+    return artifact.record.provenance.started or ""
 
 
 def _require_inputs(

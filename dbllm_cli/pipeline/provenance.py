@@ -1,6 +1,5 @@
 """How an artifact was made: kept beside it, never part of its digest."""
 
-import json
 import platform
 import time
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from typing import Any
 from dbllm_cli.machine.environment import ENVIRONMENT, Environment
 from dbllm_cli.machine.memory import forget_peak, peak_memory_mib
 from dbllm_cli.machine.processor import processor
+from dbllm_cli.store.scratch import read_scratch
 
 _PACKAGES = ("dbllm", "torch", "transformers", "lm_eval")
 
@@ -80,7 +80,7 @@ def _has_memory_of_its_own(device: str) -> bool:
 
 
 def _begun(path: Path) -> dict[str, Any]:
-    return {"begun": json.loads(path.read_text())} if path.is_file() else {}
+    return {"begun": read_scratch(path)} if path.is_file() else {}
 
 
 def _device_memory(device: str) -> dict[str, float]:

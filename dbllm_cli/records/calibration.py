@@ -1,6 +1,5 @@
 """The calibration artifact: what is in it, and whether it belongs to the model at hand."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dbllm_cli.errors import ArtifactMissingError, ConfigError
-from dbllm_cli.store import Artifact
+from dbllm_cli.store import Artifact, read_object
 from dbllm_cli.tensors import TensorFolder, save_tensors
 
 _TOKENS, _STATISTICS = "tokens", "statistics"
@@ -75,8 +74,7 @@ def require_same_tokenizer(calibration: Artifact, digest: str) -> None:
     Raises:
         ArtifactMissingError: they were made by another tokenizer.
     """
-    metrics = json.loads((calibration.path / "metrics.json").read_text())
-    if metrics["tokenizer_digest"] != digest:
+    if read_object(calibration, "metrics.json").get("tokenizer_digest") != digest:
         raise ArtifactMissingError(
             f"calibration {calibration.path} was made with another model's tokenizer",
             "give the calibration of this model, or --text FILE",
@@ -93,7 +91,7 @@ def require_same_model(inputs: Mapping[str, Artifact]) -> None:
     for slot in ("calibration", "student"):
         if slot not in inputs:
             continue
-        made_from = inputs[slot].manifest["lineage"]["inputs"].get("model")
+        made_from = inputs[slot].record.lineage.inputs.get("model")
         if made_from != model.digest:
             raise ArtifactMissingError(
                 f"{slot} {inputs[slot].path} was made from another model than {model.path} "

@@ -89,7 +89,7 @@ def _groups(results: list[Result], fdb: Artifact) -> list[list[Result]]:
 
 
 def _name(result: EvalResult | TasksResult, fdb: Artifact) -> str:
-    roles = {fdb.manifest["lineage"]["inputs"]["model"][:12]: "teacher", fdb.digest[:12]: "this"}
+    roles = {fdb.record.lineage.inputs.get("model", "")[:12]: "teacher", fdb.digest[:12]: "this"}
     return f"{roles.get(result.model, 'another')} {result.kind} `{result.model}`"
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dbllm_cli.store.disk import put
+from dbllm_cli.store.disk import rename_durably
+from dbllm_cli.store.scratch import read_scratch
 from dbllm_cli.tensors import TensorFolder, save_tensors
 
 
 def keep_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file to the scratch, whole or not at all."""
     save_tensors(tensors, path.with_suffix(".part"))
-    put(path.with_suffix(".part"), path)
+    rename_durably(path.with_suffix(".part"), path)
 
 
 def save_checkpoint(
@@ -37,7 +38,7 @@ def write_checkpoint(
     save_tensors(tensors, staging / "model.safetensors")
     (staging / "state.json").write_text(json.dumps(state))
     shutil.rmtree(folder, ignore_errors=True)
-    put(staging, folder)
+    rename_durably(staging, folder)
 
 
 def drop_checkpoints(scratch: Path, name: str, kept: int) -> None:
@@ -58,8 +59,7 @@ def read_checkpoint(
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The tensors and the state of checkpoint `<name>-<number>`."""
     folder = scratch / f"{name}-{number}"
-    state: dict[str, object] = json.loads((folder / "state.json").read_text())
-    return dict(TensorFolder(folder).items()), state
+    return dict(TensorFolder(folder).items()), read_scratch(folder / "state.json")
 
 
 def checkpoint_numbers(scratch: Path, name: str) -> list[int]:

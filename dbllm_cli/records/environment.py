@@ -12,7 +12,10 @@ from dbllm_cli.machine.compute_dtype import faster_dtype
 from dbllm_cli.machine.environment import ENVIRONMENT, Environment
 from dbllm_cli.machine.processor import processor
 from dbllm_cli.progress import Progress
-from dbllm_cli.store.disk import put
+from dbllm_cli.store.disk import rename_durably
+from dbllm_cli.store.scratch import damaged_scratch, read_scratch
+
+_COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def environment_here(device: str, compute_dtype: str) -> Environment:
@@ -53,12 +56,15 @@ def begin_or_resume(
 
     Raises:
         ConfigError: the device is not there.
+        ArtifactCorruptError: the record in the scratch is damaged.
     """
     here = environment_here(device, compute_dtype)
     path = scratch / ENVIRONMENT
     # Alone in the scratch the record is of a run that did nothing.
     if path.is_file() and any(each != path for each in scratch.iterdir()):
-        begun = json.loads(path.read_text())
+        begun = read_scratch(path)
+        if begun.get("compute_dtype") not in _COMPUTE_DTYPES:
+            raise damaged_scratch(path, "it names no compute dtype")
         here = replace(here, compute_dtype=begun["compute_dtype"])
         changed = [
             f"{name} {begun.get(name)} -> {value}"
@@ -70,11 +76,11 @@ def begin_or_resume(
         return here
     if compute_dtype == "auto":
         here = replace(here, compute_dtype=faster_dtype(device))
-        if here.compute_dtype == "float32":
-            progress.note(f"products in float32: {device} is slower in bfloat16")
+        other = "bfloat16" if here.compute_dtype == "float32" else "float32"
+        progress.note(f"products in {here.compute_dtype}: {device} is slower in {other}")
     part = path.with_suffix(".part")
     part.write_text(json.dumps(asdict(here)))
-    put(part, path)
+    rename_durably(part, path)
     return here
 
 

@@ -1,13 +1,14 @@
 """Which evaluations may stand side by side, and by how much they differ. Imports no torch."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from dbllm_cli.errors import ConfigError
-from dbllm_cli.store import Artifact
+from pydantic import BaseModel, RootModel, ValidationError
+
+from dbllm_cli.errors import ArtifactCorruptError, ConfigError
+from dbllm_cli.store import Artifact, read_object
 
 WINDOWS = "windows.json"
 ITEMS = "items.json"
@@ -30,11 +31,37 @@ class _Result:
     comparable: str
 
 
-def _read(artifact: Artifact) -> tuple[tuple[str, str, str, str], dict[str, Any]]:
-    """The fields of `_Result`, and the metrics that hold them."""
-    metrics: dict[str, Any] = json.loads((artifact.path / "metrics.json").read_text())
-    model = artifact.manifest["lineage"]["inputs"]["model"][:12]
-    return (model, metrics["evaluated"], metrics["what"], metrics["comparable"]), metrics
+class _Metrics(BaseModel):
+    """What metrics.json holds of every evaluation; of other kinds the perplexity is missing."""
+
+    evaluated: str
+    what: str
+    comparable: str
+    perplexity: float | None = None
+
+
+class _Windows(BaseModel):
+    losses: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+_Scores = RootModel[dict[str, dict[str, tuple[float, ...]]]]
+_Content = TypeVar("_Content", bound=BaseModel)
+
+
+def _read(artifact: Artifact, name: str, content: type[_Content]) -> _Content:
+    try:
+        return content.model_validate(read_object(artifact, name))
+    except ValidationError as error:
+        raise ArtifactCorruptError(
+            f"{name} of {artifact.path} is not that of an evaluation", "evaluate again"
+        ) from error
+
+
+def _common(artifact: Artifact, metrics: _Metrics) -> tuple[str, str, str, str]:
+    """The fields of `_Result`."""
+    model = artifact.record.lineage.inputs.get("model", "")
+    return model[:12], metrics.evaluated, metrics.what, metrics.comparable
 
 
 @dataclass(frozen=True)
@@ -53,15 +80,15 @@ class EvalResult(_Result):
 
     @classmethod
     def read(cls, artifact: Artifact) -> "EvalResult":
-        """Read an eval artifact."""
-        content = json.loads((artifact.path / WINDOWS).read_text())
-        common, metrics = _read(artifact)
-        return cls(
-            *common,
-            metrics["perplexity"] if metrics["perplexity"] is not None else math.inf,
-            tuple(content["losses"]),
-            tuple(content["tokens"]),
-        )
+        """Read an eval artifact.
+
+        Raises:
+            ArtifactCorruptError: it is damaged.
+        """
+        windows = _read(artifact, WINDOWS, _Windows)
+        metrics = _read(artifact, "metrics.json", _Metrics)
+        perplexity = metrics.perplexity if metrics.perplexity is not None else math.inf
+        return cls(*_common(artifact, metrics), perplexity, windows.losses, windows.tokens)
 
     @property
     def standard_error(self) -> float:
@@ -81,16 +108,13 @@ class TasksResult(_Result):
 
     @classmethod
     def read(cls, artifact: Artifact) -> "TasksResult":
-        """Read a tasks artifact."""
-        items = json.loads((artifact.path / ITEMS).read_text())
-        common, _ = _read(artifact)
-        return cls(
-            *common,
-            {
-                task: {metric: tuple(values) for metric, values in found.items()}
-                for task, found in items.items()
-            },
-        )
+        """Read a tasks artifact.
+
+        Raises:
+            ArtifactCorruptError: it is damaged.
+        """
+        scores = _read(artifact, ITEMS, _Scores).root
+        return cls(*_common(artifact, _read(artifact, "metrics.json", _Metrics)), scores)
 
 
 Result = TypeVar("Result", bound=_Result)

@@ -1,9 +1,7 @@
 """init-fdb: the starting planes and scales of every selected linear layer."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +36,7 @@ from dbllm_cli.records.metrics import GptqMetrics, InitFdbMetrics
 from dbllm_cli.stages.context import Context, Result, options_from
 from dbllm_cli.stages.spec import INIT_FDB, implements
 from dbllm_cli.store import Artifact
-from dbllm_cli.store.json_file import write_json
+from dbllm_cli.store.json_file import read_json_object, write_json
 from dbllm_cli.tensors import TensorFolder, require_finite
 
 
@@ -158,6 +156,6 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write_files(folder: Path, out: Path, config: InitFdbConfig, kept: list[str]) -> None:
     copy_other_files(folder, out)
-    own: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    own = read_json_object(folder / "config.json")
     settings = quantized_config(own, config.group_size, kept, config.dtype, config.levels)
-    write_json(out / "config.json", settings)
+    write_json(out / "config.json", settings, finite=False)

@@ -1,8 +1,9 @@
 """pack: planes and scales as a model folder that loads where people are, or a plain dense one."""
 
-import json
 import math
 from collections.abc import Mapping
+
+from pydantic import BaseModel, Field, ValidationError
 
 from dbllm_cli.configs import PackConfig
 from dbllm_cli.formats import Format, open_format
@@ -13,8 +14,9 @@ from dbllm_cli.records.card import model_card
 from dbllm_cli.records.metrics import PackMetrics
 from dbllm_cli.stages.context import Context, Result, members
 from dbllm_cli.stages.spec import PACK, implements
-from dbllm_cli.store import Artifact
-from dbllm_cli.store.json_file import write_json
+from dbllm_cli.store import Artifact, read_object
+from dbllm_cli.store.json_file import read_json_object, write_json
+from dbllm_cli.store.manifest import corrupt
 from dbllm_cli.tensors import ShardWriter
 
 
@@ -32,8 +34,8 @@ def run(config: PackConfig, inputs: Mapping[str, Artifact], ctx: Context) -> Res
     copy_other_files(student.folder, ctx.out)
     total = _write_tensors(chosen, student, config.shard_size * 1e9, ctx)
     path = ctx.out / "config.json"
-    write_json(path, chosen.config(json.loads(path.read_text())))
-    weights, bits = _quantized_size(student)
+    write_json(path, chosen.config(read_json_object(path)), finite=False)
+    weights, bits = _quantized_size(fdb)
     metrics: PackMetrics = {
         "format": config.format,
         "embeddings": config.embeddings,
@@ -61,9 +63,19 @@ def _write_tensors(chosen: Format, student: PackedFolder, shard_bytes: float, ct
     return total
 
 
-def _quantized_size(student: PackedFolder) -> tuple[int, float]:
+class _LayerSize(BaseModel):
+    weights: int = Field(gt=0)
+    bits_per_weight: float
+
+
+def _quantized_size(fdb: Artifact) -> tuple[int, float]:
     """The quantized weights, and bits of each with planes and scales."""
-    report = json.loads((student.folder / LAYER_REPORT).read_text()).values()
-    weights = sum(int(layer["weights"]) for layer in report)
-    bits = math.fsum(layer["weights"] * layer["bits_per_weight"] for layer in report)
+    try:
+        layers = [_LayerSize.model_validate(e) for e in read_object(fdb, LAYER_REPORT).values()]
+    except ValidationError as error:
+        raise corrupt(fdb.path, f"its {LAYER_REPORT} does not tell the size of layers") from error
+    weights = sum(layer.weights for layer in layers)
+    if not weights:
+        raise corrupt(fdb.path, f"its {LAYER_REPORT} tells of no layers")
+    bits = math.fsum(layer.weights * layer.bits_per_weight for layer in layers)
     return weights, round(bits / weights, 6)

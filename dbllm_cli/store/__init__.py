@@ -2,7 +2,8 @@
 
 from dbllm_cli.store.artifact import Artifact
 from dbllm_cli.store.digest import canonical_json, digest_of, file_sha256, files_digest
-from dbllm_cli.store.manifest import lineage_key
+from dbllm_cli.store.integrity import read_object
+from dbllm_cli.store.manifest import LineageRecord, lineage_key
 from dbllm_cli.store.models import resolve_input, resolve_model
 from dbllm_cli.store.staging import new_staging
 from dbllm_cli.store.store import DamagedArtifact, Store
@@ -10,6 +11,7 @@ from dbllm_cli.store.store import DamagedArtifact, Store
 __all__ = [
     "Artifact",
     "DamagedArtifact",
+    "LineageRecord",
     "Store",
     "canonical_json",
     "digest_of",
@@ -17,6 +19,7 @@ __all__ = [
     "files_digest",
     "lineage_key",
     "new_staging",
+    "read_object",
     "resolve_input",
     "resolve_model",
 ]

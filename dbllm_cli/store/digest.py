@@ -7,8 +7,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from dbllm_cli.store.json_file import parse_json, read_bytes
+
 # A file written this lately can change again without a change of its times: it isn't remembered.
 _SETTLED_AFTER_NS = 2_000_000_000
+# A smaller file is hashed in less time than it takes to remember it.
+_REMEMBERED_FROM_BYTES = 2**20
 
 
 def canonical_json(value: object) -> str:
@@ -34,9 +38,10 @@ def file_sha256(path: Path) -> str:
 
 
 class DigestCache:
-    """Digests of files outside the store, remembered by path, size, change time and inode.
+    """Digests of large files, remembered by path, size, change time and inode.
 
-    A damaged or unwritable cache file costs only time.
+    What a failing disk changes without a change of these is seen by `dbllm verify` alone. A damaged
+    or unwritable cache file costs only time.
     """
 
     def __init__(self, file: Path) -> None:
@@ -44,22 +49,37 @@ class DigestCache:
         self._known = self._read()
 
     def sha256(self, path: Path) -> str:
-        """Hex sha256 of a file, from the cache when the file has not changed."""
-        name = str(path.resolve())
+        """Hex sha256 of a file, from the cache when the file has not changed.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        known = self._remembered(path)
+        if known is not None:
+            return known
         state = _state(path)
-        entry = self._known.get(name)
-        if entry is not None and entry[:-1] == state:
-            return str(entry[-1])
         digest = file_sha256(path)
-        unchanged = _state(path) == state
-        if unchanged and time.time_ns() - path.stat().st_mtime_ns > _SETTLED_AFTER_NS:
-            self._known[name] = [*state, digest]
+        size, written, _ = state
+        settled = _state(path) == state and time.time_ns() - written > _SETTLED_AFTER_NS
+        if settled and size >= _REMEMBERED_FROM_BYTES:
+            self._known[str(path.resolve())] = [*state, digest]
             self._write()
         return digest
 
+    def remembers(self, path: Path) -> bool:
+        """Whether `sha256` would be answered from the cache."""
+        try:
+            return self._remembered(path) is not None
+        except OSError:
+            return False
+
+    def _remembered(self, path: Path) -> str | None:
+        entry = self._known.get(str(path.resolve()))
+        return str(entry[-1]) if entry is not None and entry[:-1] == [*_state(path)] else None
+
     def _read(self) -> dict[str, list[int | str]]:
         try:
-            entries = json.loads(self._file.read_text())
+            entries = parse_json(read_bytes(self._file))
             return {
                 name: entry
                 for name, entry in entries.items()
@@ -99,6 +119,6 @@ def files_digest(path: Path, cache: DigestCache, files: Iterable[Path] | None = 
     return digest_of({file.relative_to(path).as_posix(): cache.sha256(file) for file in files})
 
 
-def _state(path: Path) -> list[int | str]:
+def _state(path: Path) -> tuple[int, int, int]:
     stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino

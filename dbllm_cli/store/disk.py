@@ -54,9 +54,21 @@ def disk_errors(root: Path, doing: str) -> Iterator[None]:
         ) from error
 
 
-def put(part: Path, path: Path) -> None:
-    """Give a file or folder that is whole its name: it is whole after a loss of power too."""
+def rename_durably(part: Path, path: Path, aside: Path | None = None) -> None:
+    """Give a file or folder that is whole its name: it is whole after a loss of power too.
+
+    Args:
+        part: the file or folder under its temporary name.
+        path: its name.
+        aside: where what has that name now is moved first.
+
+    Raises:
+        OSError: the disk is full or failing, or something has that name.
+    """
     _sync_all(part)
+    if aside is not None:
+        path.rename(aside)
+        sync(aside.parent)
     part.rename(path)
     sync(path.parent)
 

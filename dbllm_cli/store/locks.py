@@ -10,14 +10,23 @@ from pathlib import Path
 
 from dbllm_cli.errors import StageFailedError
 
+_POLL_SECONDS = 0.5
 
-def take(file: Path, label: str) -> Callable[[], None]:
-    """Take the lock `file` for `label` without waiting; the result frees it again.
+
+def acquire(
+    file: Path, label: str, on_wait: Callable[[str], None] | None = None
+) -> Callable[[], None]:
+    """Acquire the lock `file` for `label`; the result frees it again.
 
     Where the filesystem has no locks the work goes on without one: that costs only doubled work.
 
+    Args:
+        file: the lock.
+        label: what it is held for.
+        on_wait: told once which process is waited for; None does not wait.
+
     Raises:
-        StageFailedError: another process holds it.
+        StageFailedError: another process holds it, and there is no waiting.
         OSError: the lock file can't be made.
     """
     from filelock import FileLock, Timeout
@@ -25,12 +34,16 @@ def take(file: Path, label: str) -> Callable[[], None]:
     holder = file.with_suffix(".json")
     lock = FileLock(file)
     try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise StageFailedError(
-            f"{label} is held by another run: {_read_holder(holder)}",
-            "wait until it ends, or stop it; then give the same command again",
-        ) from error
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            if on_wait is None:
+                raise StageFailedError(
+                    f"{label} is held by another run: {_read_holder(holder)}",
+                    "leave out --no-wait, or give the same command again when it has ended",
+                ) from error
+            on_wait(_read_holder(holder))
+            lock.acquire(poll_interval=_POLL_SECONDS)
     except NotImplementedError:  # older releases' answer to ENOSYS
         return lambda: None
     except OSError as error:

@@ -1,7 +1,6 @@
 """Models from outside the store: where each is, and the digest of its files."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Literal, overload
@@ -9,7 +8,17 @@ from typing import Literal, overload
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, first_line
 from dbllm_cli.store.artifact import Artifact
 from dbllm_cli.store.digest import files_digest
-from dbllm_cli.store.manifest import MANIFEST
+from dbllm_cli.store.model_files import (
+    MODEL_FORMS,
+    SUFFIXES,
+    is_artifact,
+    is_packed,
+    model_files,
+    require_model,
+    require_whole_folder,
+    what_is_lacking,
+)
+from dbllm_cli.store.references import path_of, shown
 from dbllm_cli.store.store import Store
 
 # Package, file and the command that installs it. The package is not imported: it needs another.
@@ -21,10 +30,8 @@ _BUILTINS = {
     )
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_SUFFIXES = (".safetensors", ".json", ".jinja", ".py", ".model", ".txt", ".tiktoken")
-# Not part of the digest: a licence goes with a model, but does not change it.
-_PAPERS = ("LICENSE*", "NOTICE*", "*.md")
-_FORMS = "a folder, a .gguf file, a hub id OWNER/NAME or " + ", ".join(_BUILTINS)
+# They go with a download, but are no part of the digest.
+_LICENSES_AND_NOTES = ("LICENSE*", "NOTICE*", "*.md")
 
 
 @overload
@@ -63,32 +70,42 @@ def resolve_input(
         ArtifactMissingError: there is none, or it is of another kind.
         ArtifactCorruptError: it is damaged.
     """
-    ours = tuple(f"{kind}-" for kind in kinds if kind != "model")
-    path = Path(reference).expanduser()
-    is_artifact = _is_artifact(path) or _is_artifact(store.root / reference)
-    is_foreign = "packed" in kinds and not is_artifact and _is_packed(path)
-    is_ours = is_artifact or reference.startswith(ours) or "model" not in kinds
-    if ours and is_ours and not is_foreign:
+    path = path_of(reference)
+    if kinds != ("model",) and _means_ours(reference, path, kinds, store):
         return store.open(reference, kinds)
-    path = _locate(reference, revision)
-    if "packed" in kinds and _is_packed(path):
+    found = _locate(reference, revision)
+    if "packed" in kinds and is_packed(found):
         # A packed model from elsewhere, of the hub for one: what made it is not known here.
-        return Artifact(path, "packed", _digest(path, store), {})
-    return _model(path, reference, revision, store)
+        require_whole_folder(found)
+        return Artifact(found, "packed", _digest(found, store), {})
+    return _model(found, reference, revision, store)
+
+
+def _means_ours(reference: str, path: Path, kinds: tuple[str, ...], store: Store) -> bool:
+    """Whether a reference is to be opened as an artifact, damaged or not there at all.
+
+    Folders and hub ids of other people may have names that begin like the store's own.
+    """
+    if is_artifact(path) or is_artifact(path_of(reference, store.root)):
+        return True
+    ours = "|".join(kind for kind in kinds if kind != "model")
+    if path.exists():
+        in_store = path.parent.resolve() == store.root.resolve()
+        lost_its_manifest = in_store and re.fullmatch(f"({ours})-[0-9a-f]{{12}}", path.name)
+        return bool(lost_its_manifest) or not ("model" in kinds or is_packed(path))
+    return "model" not in kinds or bool(re.fullmatch(f"({ours})-[^/]*", reference))
 
 
 def _model(path: Path, reference: str, revision: str | None, store: Store) -> Artifact:
     if path.is_dir():
-        _refuse_our_own(path)
-        _refuse_quantized(path)
-        _require_whole(path)
+        require_model(path)
     digest = _digest(path, store)
     return Artifact(path, "model", digest, {"reference": reference, "revision": revision})
 
 
 def _digest(path: Path, store: Store) -> str:
     try:
-        return files_digest(path, store.digests, _model_files(path) if path.is_dir() else None)
+        return files_digest(path, store.digests, model_files(path) if path.is_dir() else None)
     except OSError as error:
         raise ArtifactCorruptError(f"model {path} can't be read: {error}") from error
 
@@ -104,22 +121,22 @@ def _locate(reference: str, revision: str | None, download: bool = True) -> Path
 def _local_path(reference: str) -> Path | None:
     if reference.startswith("builtin:"):
         return _builtin(reference)
-    path = Path(reference).expanduser()
+    path = path_of(reference)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
         raise ArtifactMissingError(
-            f"{reference} is a file, but not a .gguf model", f"name {_FORMS}"
+            f"{shown(reference)} is a file, but not a .gguf model", f"name {MODEL_FORMS}"
         )
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(reference):
-        raise ArtifactMissingError(f"no model at {reference}", f"name {_FORMS}")
+        raise ArtifactMissingError(f"no model at {shown(reference)}", f"name {MODEL_FORMS}")
     return None
 
 
 def _builtin(reference: str) -> Path:
     if reference not in _BUILTINS:
         raise ArtifactMissingError(
-            f"no model is called {reference}", f"there is {', '.join(_BUILTINS)}"
+            f"no model is called {shown(reference)}", f"there is {', '.join(_BUILTINS)}"
         )
     package, name, install = _BUILTINS[reference]
     spec = importlib.util.find_spec(package)
@@ -139,7 +156,7 @@ def _from_hub(reference: str, revision: str | None, download: bool) -> Path | No
         folder = snapshot_download(
             reference,
             revision=revision,
-            allow_patterns=[*(f"*{suffix}" for suffix in _SUFFIXES), *_PAPERS],
+            allow_patterns=[*(f"*{suffix}" for suffix in SUFFIXES), *_LICENSES_AND_NOTES],
             ignore_patterns=["*/*", "consolidated*"],
             local_files_only=not download,
         )
@@ -151,102 +168,14 @@ def _from_hub(reference: str, revision: str | None, download: bool) -> Path | No
         raise _not_downloaded(reference, revision, error) from error
     path = Path(folder)
     # A download that was cut short leaves a part of the files.
-    return path if download or _lacking(path) is None else None
+    return path if download or what_is_lacking(path) is None else None
 
 
 def _not_downloaded(reference: str, revision: str | None, error: Exception) -> ArtifactMissingError:
     at = f" at revision {revision}" if revision else ""
     return ArtifactMissingError(
-        f"{reference} is no folder here, and as a hub id{at} it can't be downloaded: "
+        f"{shown(reference)} is no folder here, and as a hub id{at} it can't be downloaded: "
         f"{first_line(error)}",
         "check the name and the network (a gated model also needs `hf auth login`), or give the "
         "path of a folder",
     )
-
-
-def _model_files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES]
-
-
-def _require_whole(folder: Path) -> None:
-    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise ArtifactMissingError(
-            f"model {folder} has its weights in .bin files; dbllm reads only safetensors",
-            "convert it: load it with transformers and call "
-            "`model.save_pretrained(NEW_FOLDER)` and `tokenizer.save_pretrained(NEW_FOLDER)`",
-        )
-    lacking = _lacking(folder)
-    if lacking is not None:
-        raise ArtifactMissingError(
-            f"model {folder} {lacking}",
-            "give the whole folder that save_pretrained wrote, or download or copy it again",
-        )
-
-
-def _lacking(folder: Path) -> str | None:
-    """What of a model's files is not there; None when it is whole."""
-    if not (folder / "config.json").is_file():
-        return "has no config.json"
-    if not any(folder.glob("*.safetensors")):
-        return "has no weights: no *.safetensors file"
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file() and not (folder / "model.safetensors").is_file():
-        shard = next(iter(sorted(folder.glob("*-of-*.safetensors"))), None)
-        return None if shard is None else f"lacks {index.name}, which tells what {shard.name} holds"
-    weights = _json_object(index).get("weight_map") if index.is_file() else None
-    named = set(weights.values()) if isinstance(weights, dict) else set()
-    missing = sorted(name for name in named if not (folder / str(name)).is_file())
-    return f"lacks {', '.join(missing)}, which its {index.name} names" if missing else None
-
-
-def _is_artifact(folder: Path) -> bool:
-    """Whether a folder is one of ours, damaged or not: other tools write a manifest.json too."""
-    if not (folder / MANIFEST).is_file():
-        return False
-    if _is_packed(folder):
-        return True
-    try:
-        return "lineage" in _json_object(folder / MANIFEST)
-    except ArtifactCorruptError:
-        return False
-
-
-def _refuse_our_own(folder: Path) -> None:
-    kind = None
-    if _is_artifact(folder):
-        kind = _json_object(folder / MANIFEST).get("kind")
-    elif _is_packed(folder):
-        kind = "packed"
-    if kind is not None:
-        raise ArtifactMissingError(
-            f"{folder} is of kind {kind}, made by dbllm; a full-precision model is needed here",
-            f"name {_FORMS}",
-        )
-
-
-def _refuse_quantized(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        return
-    quantization = _json_object(folder / "config.json").get("quantization_config")
-    if isinstance(quantization, dict):
-        raise ArtifactMissingError(
-            f"model {folder} is already quantized by {quantization.get('quant_method')}",
-            "give the full-precision model that it was made from",
-        )
-
-
-def _is_packed(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    quantization = _json_object(folder / "config.json").get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "dbllm"
-
-
-def _json_object(path: Path) -> dict[str, object]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactCorruptError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ArtifactCorruptError(f"{path} is not a JSON object")
-    return value

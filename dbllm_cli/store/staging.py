@@ -13,13 +13,17 @@ def new_staging(parent: Path) -> Path:
     Args:
         parent: a folder for such folders alone, which is made where it is not there.
     """
-    host = _host()
-    for left in parent.glob(f"{host}+*"):
-        if not _is_alive(left.name.split("+")[1]):
-            shutil.rmtree(left, ignore_errors=True)
-    staging = parent / f"{host}+{os.getpid()}+{uuid.uuid4().hex[:8]}"
+    for left in dead_staging(parent):
+        shutil.rmtree(left, ignore_errors=True)
+    staging = parent / f"{_host()}+{os.getpid()}+{uuid.uuid4().hex[:8]}"
     staging.mkdir(parents=True)
     return staging
+
+
+def dead_staging(parent: Path) -> list[Path]:
+    """The folders that dead processes of this machine left in `parent`, sorted."""
+    found = sorted(parent.glob(f"{_host()}+*"))
+    return [left for left in found if not _is_alive(left.name.split("+")[1])]
 
 
 def _host() -> str:

@@ -1,7 +1,7 @@
 """The store: a folder of finished artifacts, and the places where unfinished ones are made."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from dbllm_cli.errors import ArtifactMissingError, DbllmError, StageFailedError
+from dbllm_cli.progress import Progress
 from dbllm_cli.store import locks
 from dbllm_cli.store.artifact import Artifact
 from dbllm_cli.store.digest import DigestCache, file_sha256
-from dbllm_cli.store.disk import disk_errors, sync
+from dbllm_cli.store.disk import disk_errors, rename_durably
+from dbllm_cli.store.integrity import find_problems, require_whole
 from dbllm_cli.store.manifest import (
     MANIFEST,
-    artifact_files,
     build_manifest,
     corrupt,
     lineage_key,
     manifest_text,
     read_manifest,
-    size_problem,
 )
+from dbllm_cli.store.references import path_of, shown
 from dbllm_cli.store.staging import new_staging
 
 DEFAULT_ROOT = Path("artifacts")
@@ -58,7 +59,7 @@ class Store:
             return None
         if not (folder / MANIFEST).exists():
             raise corrupt(folder, f"it has no {MANIFEST}")
-        artifact = _opened(folder)
+        artifact = self._opened(folder)
         if lineage_key(artifact.manifest["lineage"]) != key:
             raise corrupt(folder, "it was made from other inputs than its name says")
         return artifact
@@ -71,14 +72,13 @@ class Store:
             ArtifactCorruptError: it is damaged.
         """
         wanted = " or ".join(kinds) or "artifact"
-        folder = next(
-            (path for path in (Path(reference), self.root / reference) if path.is_dir()), None
-        )
+        places = (path_of(reference), path_of(reference, self.root))
+        folder = next((path for path in places if path.is_dir()), None)
         if folder is None:
             raise ArtifactMissingError(
-                f"no {wanted} at {reference}", self._nearest(str(reference), kinds)
+                f"no {wanted} at {shown(reference)}", self._nearest(str(reference), kinds)
             )
-        artifact = _opened(folder)
+        artifact = self._opened(folder)
         if kinds and artifact.kind not in kinds:
             raise ArtifactMissingError(
                 f"{folder} is of kind {artifact.kind}; {wanted} is needed here",
@@ -91,27 +91,27 @@ class Store:
         found: list[Artifact | DamagedArtifact] = []
         for folder in self._folders():
             try:
-                found.append(_opened(folder))
+                found.append(self._opened(folder))
             except DbllmError as error:
                 found.append(DamagedArtifact(folder, error))
         return found
 
     def verify(self, artifact: Artifact) -> list[str]:
         """Hash every file of an artifact; what is wrong, a line each, empty when all is well."""
-        problems = []
-        listed: dict[str, dict[str, Any]] = artifact.manifest["files"]
-        for name, entry in listed.items():
-            path = artifact.path / name
-            problem = size_problem(path, entry["size"])
-            if problem:
-                problems.append(f"{name} {problem}")
-            elif file_sha256(path) != entry["sha256"]:
-                problems.append(f"{name} has the right size but other bytes (sha256 differs)")
-        for path in artifact_files(artifact.path):
-            name = path.relative_to(artifact.path).as_posix()
-            if name not in listed:
-                problems.append(f"{name} is not part of the artifact")
-        return problems
+        return list(find_problems(artifact, file_sha256))
+
+    def require_whole(self, artifacts: Collection[Artifact], progress: Progress) -> None:
+        """Check the hashes of artifacts that will be read; see `integrity.require_whole`.
+
+        Raises:
+            ArtifactCorruptError: one is damaged.
+        """
+        require_whole(artifacts, self.digests, progress)
+
+    @property
+    def locks(self) -> Path:
+        """Where the locks of what is being made are."""
+        return self.root / ".locks"
 
     @property
     def work(self) -> Path:
@@ -124,20 +124,27 @@ class Store:
 
     @cached_property
     def digests(self) -> DigestCache:
-        """Remembered digests of files outside the store."""
+        """Remembered digests of large files."""
         return DigestCache(self.root / ".cache" / "digests.json")
 
     @contextmanager
-    def lock(self, key: str, label: str) -> Iterator[None]:
+    def lock(
+        self, key: str, label: str, on_wait: Callable[[str], None] | None = None
+    ) -> Iterator[None]:
         """Keep other processes from making `key` meanwhile.
 
+        Args:
+            key: of the artifact.
+            label: what is being made.
+            on_wait: told once which process is waited for; None does not wait.
+
         Raises:
-            StageFailedError: another process is making it.
+            StageFailedError: another process is making it, and there is no waiting.
             ConfigError: the store can't be written.
         """
-        file = self._made(self.root / ".locks") / f"{key[:_KEY_LENGTH]}.lock"
+        file = self._made(self.locks) / f"{key[:_KEY_LENGTH]}.lock"
         with disk_errors(self.root, "taking a lock"):
-            release = locks.take(file, label)
+            release = locks.acquire(file, label, on_wait)
         try:
             yield
         finally:
@@ -175,24 +182,23 @@ class Store:
         _refuse_links(staging)
         with disk_errors(self.root, f"writing {target.name}"):
             manifest = build_manifest(staging, kind, lineage, provenance)
-            for path in artifact_files(staging):
-                sync(path)
             (staging / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
-            sync(staging / MANIFEST)
-            for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
-                sync(folder)
-            if replace and target.exists():
-                self._move_aside(target)
-            if not target.exists():
-                staging.rename(target)
-                sync(self.root)
-        return _opened(target)
+            aside = self._place_aside(target) if replace and target.exists() else None
+            if aside is not None or not target.exists():
+                rename_durably(staging, target, aside)
+        return self._opened(target)
 
-    def _move_aside(self, target: Path) -> None:
+    def _place_aside(self, target: Path) -> Path:
         replaced = self._made(self.root / ".replaced")
         taken = {path.name for path in replaced.iterdir()}
         number = next(n for n in range(1, len(taken) + 2) if f"{target.name}-{n}" not in taken)
-        target.rename(replaced / f"{target.name}-{number}")
+        return replaced / f"{target.name}-{number}"
+
+    def _opened(self, folder: Path) -> Artifact:
+        # What was downloaded lies in the hub's cache as links; the store itself holds only files.
+        outside = folder.parent.resolve() != self.root.resolve()
+        manifest = read_manifest(folder, links=outside)
+        return Artifact(folder, manifest["kind"], manifest["digest"], manifest)
 
     def _made(self, folder: Path) -> Path:
         with disk_errors(self.root, f"making the folder {folder.name}"):
@@ -217,11 +223,6 @@ class Store:
         near = difflib.get_close_matches(Path(name).name, names, n=1, cutoff=0.4) if name else names
         found = f"did you mean {self.root / near[0]}? " if near else ""
         return f"{found}list the artifacts with `dbllm ls --store {self.root}`"
-
-
-def _opened(folder: Path) -> Artifact:
-    manifest = read_manifest(folder)
-    return Artifact(folder, manifest["kind"], manifest["digest"], manifest)
 
 
 def _refuse_links(staging: Path) -> None:

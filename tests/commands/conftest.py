@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dbllm_cli.__main__ import run
+from dbllm_cli.app import run
 from dbllm_cli.configs import InitFdbConfig, StageConfig
 from dbllm_cli.stages.context import Context
 from dbllm_cli.stages.context import Result as StageResult

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -54,6 +55,22 @@ def test_an_artifact_writes_too(
 
     assert dbllm("generate", packed, "--prompt", "Once").code == 0
     assert asked["artifact"].kind == "packed"
+
+
+def test_a_packed_model_with_one_changed_byte_writes_nothing(
+    dbllm: DbllmCall, model: str, stage_calls: list[Call], asked: dict[str, Any]
+) -> None:
+    packed = dbllm("pack", dbllm("init-fdb", "model").path).path
+    path = Path(packed, "result.txt")
+    data = path.read_bytes()
+    path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+
+    result = dbllm("generate", packed, "--prompt", "Once")
+
+    assert result.code == 5
+    assert "result.txt has the right size but other bytes" in result.err
+    assert f"dbllm verify {packed}" in result.err
+    assert not asked
 
 
 def test_a_model_that_is_not_there_ends_with_4(dbllm: DbllmCall, asked: dict[str, Any]) -> None:

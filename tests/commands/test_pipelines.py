@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from dbllm_cli.errors import StageFailedError
+from dbllm_cli.stages.spec import StageSpec
 from tests.commands.conftest import Call, DbllmCall, Result
 
 PIPELINE = """\
@@ -156,3 +158,23 @@ def test_schema_is_json_with_every_stage(dbllm: DbllmCall) -> None:
 
     assert schema.json["type"] == "object"
     assert '"sequence_length"' in schema.out
+
+
+def test_keep_going_tells_what_failed_and_what_was_left_out(
+    dbllm: DbllmCall, pipeline: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(config: object, inputs: object, context: object) -> None:
+        raise StageFailedError("the scales are nan", "leave the layer out")
+
+    dbllm("run", pipeline, "--only", "calibrate")
+    monkeypatch.setattr(StageSpec, "body", lambda self: body)
+    result = dbllm("run", pipeline, "--keep-going")
+    assert result.code == 6
+    assert "the scales are nan" in result.err
+    rows = [line.split() for line in result.out.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["calibrate", "init-fdb", "pack"]
+    assert rows[1][1] == "failed"
+    assert rows[2][1:3] == ["left", "out"]
+    told = dbllm("run", pipeline, "--keep-going", "--json").json
+    assert [step["step"] for step in told["failed"]] == ["init-fdb"]
+    assert told["left_out"] == ["pack"]

@@ -5,7 +5,7 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dbllm_cli.__main__ import app
+from dbllm_cli.app import app
 from dbllm_cli.configs import PackConfig
 from dbllm_cli.formats import Format, open_format, packed
 from dbllm_cli.registry import registered

@@ -23,13 +23,17 @@ from types import ModuleType
 
 from dbllm_cli.configs import StageConfig
 from dbllm_cli.errors import DbllmError
-from dbllm_cli.pipeline.run import run_stage
+from dbllm_cli.pipeline.stage import run_stage
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.stages.context import Result
 from dbllm_cli.stages.spec import StageSpec
-from dbllm_cli.store import Store, store as store_module
+from dbllm_cli.store import Store, disk
 
 mode = sys.argv[2]
+
+class Told(SilentProgress):
+    def note(self, message):
+        print(message, flush=True)
 
 def body(config, inputs, ctx):
     (ctx.out / "inner").mkdir()
@@ -37,9 +41,10 @@ def body(config, inputs, ctx):
     (ctx.scratch / "checkpoint").write_text("kept")
     if mode == "fill":
         (ctx.out / "big").write_bytes(bytes(2**20))
-    if mode == "wait":
+    if mode in ("wait", "moment"):
         print("running", flush=True)
-        time.sleep(60)
+        time.sleep(60 if mode == "wait" else 3)
+    (ctx.out / "mode.txt").write_text(mode)
     return Result({})
 
 def dying(step):
@@ -53,7 +58,7 @@ def dying(step):
 
 if mode.isdigit():
     left = int(mode)
-    store_module.sync = dying(store_module.sync)
+    disk.sync = dying(disk.sync)
     Path.rename = dying(Path.rename)
 
 module = sys.modules["dbllm_cli.stages.slow"] = ModuleType("dbllm_cli.stages.slow")
@@ -61,7 +66,10 @@ module.run = body
 spec = StageSpec("slow", 1, StageConfig, (), "eval", "Slow.")
 try:
     store = Store(Path(sys.argv[1]))
-    run_stage(spec, StageConfig(), {}, store, progress=SilentProgress(), force="force" in sys.argv)
+    run_stage(
+        spec, StageConfig(), {}, store, progress=Told(), force="force" in sys.argv,
+        wait="wait for it" in sys.argv,
+    )
 except DbllmError as error:
     print(error.message, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -142,6 +150,31 @@ def test_a_second_run_fails_at_once_and_names_the_first(
     second = finish(store, "plain")
     assert second.returncode == 6
     assert f"held by another run: process {waiting.pid}" in second.stderr
+
+
+def test_a_second_run_that_may_wait_says_for_whom_and_takes_what_the_first_has_made(
+    store: Store,
+) -> None:
+    with subprocess.Popen(command(store, "moment"), stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "running\n"
+        second = finish(store, "plain", "wait for it")
+        assert second.returncode == 0
+        assert f"is being made by process {first.pid} on" in second.stdout
+        assert first.wait(timeout=60) == 0
+    (artifact,) = store.artifacts()
+    assert isinstance(artifact, Artifact)
+    assert (artifact.path / "mode.txt").read_text() == "moment"
+
+
+def test_a_run_that_waits_can_be_stopped(store: Store, waiting: subprocess.Popen[str]) -> None:
+    with subprocess.Popen(
+        command(store, "plain", "wait for it"), stdout=subprocess.PIPE, text=True
+    ) as second:
+        assert second.stdout is not None
+        assert "waiting until it ends" in second.stdout.readline()
+        second.terminate()
+        assert second.wait(timeout=60) == 75
 
 
 def test_after_a_kill_the_same_command_goes_on(

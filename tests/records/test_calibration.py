@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.store import Artifact
+from dbllm_cli.store.manifest import build_manifest
 from tests.conftest import Workshop
 
 
@@ -33,7 +34,8 @@ def test_the_first_samples_alone_give_what_a_calibration_of_these_would(
     folder = shutil.copytree(whole.path, tmp_path / "calibration")
     tokens = load_file(folder / "tokens.safetensors")
     save_file(tokens | {"train": tokens["train"][:3].clone()}, folder / "tokens.safetensors")
-    short = Artifact(folder, "calibration", "5" * 64, whole.manifest)
+    manifest = build_manifest(folder, "calibration", whole.manifest["lineage"], {})
+    short = Artifact(folder, "calibration", "5" * 64, manifest)
     first, of_short, all_of_them = (
         load_file(artifact.path / "model.safetensors")
         for artifact in (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dbllm_cli.errors import ConfigError
+from dbllm_cli.errors import ArtifactCorruptError, ConfigError
 from dbllm_cli.records import environment
 from dbllm_cli.records.environment import begin_or_resume
 from dbllm_cli.store import Artifact
@@ -75,6 +75,18 @@ def test_a_run_that_left_nothing_is_begun_anew(
     assert notes.notes == []
     begun = json.loads((tmp_path / "environment.json").read_text())
     assert begun["kernel"] == "avx2"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"compute_dtype": ["float32"]}', "[" * 10**5])
+def test_a_damaged_record_is_told_with_the_folder_to_remove(
+    begin: Begin, tmp_path: Path, content: str
+) -> None:
+    begin("float32")
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "environment.json").write_text(content)
+    with pytest.raises(ArtifactCorruptError, match=r"environment\.json") as caught:
+        begin("float32")
+    assert f"remove the folder {tmp_path}" in caught.value.hint
 
 
 def test_other_kernels_make_a_run_inexact(

@@ -16,6 +16,7 @@ from dbllm_cli.records.evaluation import (
     ratio_standard_error,
 )
 from dbllm_cli.store import Artifact
+from dbllm_cli.store.manifest import build_manifest
 from tests.conftest import TEXT, Workshop
 from tests.stages.test_eval_ppl import SHORT
 
@@ -30,8 +31,9 @@ def _artifact(folder: Path, **changes: Any) -> Artifact:
     metrics = {"evaluated": "packed", "what": "wiki, gptq", "comparable": "abc", "perplexity": 4.5}
     (folder / "metrics.json").write_text(json.dumps(metrics | changes))
     (folder / WINDOWS).write_text(json.dumps({"losses": [1.5, 2.5], "tokens": [1, 2]}))
-    manifest = {"lineage": {"inputs": {"model": "0123456789abcdef"}}}
-    return Artifact(folder, "eval", "d" * 64, manifest)
+    inputs = {"model": "0123456789abcdef"}
+    lineage = {"stage": "eval-ppl", "stage_version": 1, "config": {}, "inputs": inputs}
+    return Artifact(folder, "eval", "d" * 64, build_manifest(folder, "eval", lineage, {}))
 
 
 def test_an_eval_artifact_is_read_as_it_was_written(tmp_path: Path) -> None:

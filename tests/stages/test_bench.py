@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.kernels import cpu_kernels
 from dbllm_cli.llm.peak_memory import measure_peak_memory
-from dbllm_cli.pipeline.run import Outcome
+from dbllm_cli.pipeline.stage import Outcome
 from dbllm_cli.stages import bench
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dbllm_cli.llm
-from dbllm_cli.__main__ import run
+from dbllm_cli.app import run
 from dbllm_cli.errors import ConfigError, StageFailedError
 from dbllm_cli.records.evaluation import TasksResult, comparable_groups
 from dbllm_cli.store import Artifact

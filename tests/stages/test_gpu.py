@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from dbllm_cli.pipeline.run import run_stage
+from dbllm_cli.pipeline.stage import run_stage
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.stages.spec import STAGES
 from dbllm_cli.store import Artifact

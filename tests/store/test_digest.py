@@ -7,6 +7,8 @@ import pytest
 from dbllm_cli.store import digest
 from dbllm_cli.store.digest import DigestCache, canonical_json, digest_of, files_digest
 
+WEIGHTS = b"a weight " * 2**17
+
 
 def age(path: Path) -> None:
     """Set the file's time back, so that the cache takes it for settled."""
@@ -41,7 +43,7 @@ def test_an_unchanged_file_is_hashed_once_even_by_a_later_process(
     tmp_path: Path, hashed: list[str]
 ) -> None:
     model = tmp_path / "model.bin"
-    model.write_bytes(b"weights")
+    model.write_bytes(WEIGHTS)
     age(model)
     first = DigestCache(tmp_path / "cache.json").sha256(model)
     second = DigestCache(tmp_path / "cache.json").sha256(model)
@@ -52,26 +54,34 @@ def test_an_unchanged_file_is_hashed_once_even_by_a_later_process(
 def test_a_changed_file_is_hashed_again(tmp_path: Path) -> None:
     cache = DigestCache(tmp_path / "cache.json")
     model = tmp_path / "model.bin"
-    model.write_bytes(b"weights")
+    model.write_bytes(WEIGHTS)
     age(model)
     before = cache.sha256(model)
-    model.write_bytes(b"WEIGHTS")
+    model.write_bytes(WEIGHTS[::-1])
     assert cache.sha256(model) != before
 
 
 def test_a_file_written_just_now_is_not_trusted_to_stay(tmp_path: Path, hashed: list[str]) -> None:
     cache = DigestCache(tmp_path / "cache.json")
     model = tmp_path / "model.bin"
-    model.write_bytes(b"weights")
+    model.write_bytes(WEIGHTS)
     cache.sha256(model)
     cache.sha256(model)
     assert hashed == ["model.bin", "model.bin"]
 
 
+def test_a_small_file_is_hashed_each_time_and_not_remembered(tmp_path: Path) -> None:
+    small = tmp_path / "small.txt"
+    small.write_text("words")
+    age(small)
+    DigestCache(tmp_path / "cache.json").sha256(small)
+    assert not (tmp_path / "cache.json").exists()
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"x": 3}', '{"x": [1, 2]}'])
 def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: str) -> None:
     model = tmp_path / "model.bin"
-    model.write_bytes(b"weights")
+    model.write_bytes(WEIGHTS)
     age(model)
     file = tmp_path / "cache.json"
     file.write_text(damage)

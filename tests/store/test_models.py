@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_a_missing_shard_is_named(model: Path, store: Store) -> None:
 
 def test_a_config_that_is_not_json_is_corrupt(model: Path, store: Store) -> None:
     (model / "config.json").write_text("{")
-    with pytest.raises(ArtifactCorruptError, match=r"config\.json is not readable JSON"):
+    with pytest.raises(ArtifactCorruptError, match=r"config\.json can't be read as JSON"):
         resolve_model(str(model), None, store)
 
 
@@ -215,3 +216,66 @@ def test_an_input_is_an_artifact_or_a_model_as_its_slot_takes(
     with pytest.raises(ArtifactMissingError) as caught:
         resolve_input(artifact.path.name[:-1], kinds, store)
     assert artifact.path.name in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["packed-teacher", "fdb-0123456789ab"])
+def test_a_folder_of_somebody_else_may_be_called_like_an_artifact(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    moved = model.rename(model.with_name(name))
+    monkeypatch.chdir(moved.parent)
+    for reference in (name, str(moved)):
+        found = resolve_input(reference, ("model", "fdb", "packed"), store)
+        assert (found.kind, found.path.resolve()) == ("model", moved)
+
+
+def test_an_owner_on_the_hub_may_be_called_like_an_artifact(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(model))
+    assert resolve_input("fdb-org/name", ("model", "fdb", "packed"), store).path == model
+
+
+def test_an_artifact_that_lost_its_manifest_is_no_packed_model_of_somebody_else(
+    model: Path, store: Store
+) -> None:
+    (model / "config.json").write_text('{"quantization_config": {"quant_method": "dbllm"}}')
+    store.root.mkdir()
+    lost = model.rename(store.root / "packed-0123456789ab")
+    with pytest.raises(ArtifactMissingError, match="it has no manifest"):
+        resolve_input(str(lost), ("model", "fdb", "packed"), store)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "inner/part.safetensors"])
+def test_a_shard_outside_of_the_models_folder_is_refused(
+    model: Path, store: Store, name: str
+) -> None:
+    (model.parent / "outside").write_bytes(b"weights")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    for config in ("{}", '{"quantization_config": {"quant_method": "dbllm"}}'):
+        (model / "config.json").write_text(config)
+        with pytest.raises(ArtifactCorruptError, match="not the name of a file in its folder"):
+            resolve_input(str(model), ("model", "fdb", "packed"), store)
+
+
+def test_a_snapshot_of_the_hub_is_a_folder_of_links(model: Path, store: Store) -> None:
+    snapshot = model.parent / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for path in model.iterdir():
+        (snapshot / path.name).symlink_to(f"../../model/{path.name}")
+    assert resolve_model(str(snapshot), None, store).digest == (
+        resolve_model(str(model), None, store).digest
+    )
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("config", ["{}", '{"quantization_config": {"quant_method": "dbllm"}}'])
+def test_a_model_whose_file_is_no_plain_file_is_damaged(
+    model: Path, store: Store, name: str, make: Callable[[Path], None], config: str
+) -> None:
+    (model / "config.json").write_text(config)
+    (model / name).unlink()
+    make(model / name)
+    with pytest.raises(ArtifactCorruptError, match=f"{name} is not a plain file"):
+        resolve_input(str(model), ("model", "fdb", "packed"), store)

@@ -20,6 +20,9 @@ from dbllm_cli.store import Artifact, DamagedArtifact, Store, lineage_key
 Publish = Callable[..., Artifact]
 
 
+LINEAGE = {"stage": "x", "stage_version": 1, "config": {}, "inputs": {}}
+
+
 def key_of(artifact: Artifact) -> str:
     return lineage_key(artifact.manifest["lineage"])
 
@@ -132,14 +135,14 @@ def test_links_do_not_become_part_of_an_artifact(store: Store, tmp_path: Path) -
     staging = store.staging()
     (staging / "link").symlink_to(tmp_path)
     with pytest.raises(StageFailedError, match="left a link"):
-        store.publish(staging, "fdb", {"stage": "x"}, {})
+        store.publish(staging, "fdb", LINEAGE, {})
 
 
 def test_a_manifest_copied_by_a_stage_is_replaced_by_the_artifacts_own(store: Store) -> None:
     staging = store.staging()
     (staging / "manifest.json").write_text("foreign")
     (staging / "data.txt").write_text("x")
-    artifact = store.publish(staging, "packed", {"stage": "x"}, {})
+    artifact = store.publish(staging, "packed", LINEAGE, {})
     assert list(artifact.manifest["files"]) == ["data.txt"]
     assert store.verify(artifact) == []
 
@@ -234,6 +237,6 @@ def test_a_full_disk_is_told_and_leaves_no_artifact(small_disk: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         (small_disk / "filler").write_bytes(bytes(2**20))
     with pytest.raises(StageFailedError, match="no space left on the disk") as caught:
-        store.publish(staging, "fdb", {"stage": "x"}, {})
+        store.publish(staging, "fdb", LINEAGE, {})
     assert caught.value.exit_code == 6
     assert store.artifacts() == []

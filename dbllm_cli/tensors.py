@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,8 @@ from dbllm_cli.store.json_file import COPY_AGAIN, write_json
 from dbllm_cli.store.weight_index import index_name, read_weight_map
 
 _METADATA = {"format": "pt"}
+_OPEN_BYTES = 256 * 2**20
+"""Read from a file before it is opened anew: while it is open, what was read counts as memory."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -40,6 +42,8 @@ class TensorFolder:
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder = folder
+        self._open: tuple[Path, Any] | None = None
+        self._read_bytes = 0
         index = folder / index_name(stem)
         if index.is_file():
             self._files = {name: folder / file for name, file in read_weight_map(index).items()}
@@ -67,14 +71,17 @@ class TensorFolder:
         """
         if name not in self._files:
             raise ArtifactCorruptError(f"{self.folder} has no tensor {name}", COPY_AGAIN)
-        with _opened(self._files[name]) as file:
-            try:
-                tensor: Tensor = file.get_tensor(name)
-            except SafetensorError as error:
-                raise ArtifactCorruptError(
-                    f"{self._files[name]} has no tensor {name}, which its index names", COPY_AGAIN
-                ) from error
-            return tensor
+        path = self._files[name]
+        if self._open is None or self._open[0] != path or self._read_bytes >= _OPEN_BYTES:
+            self._open, self._read_bytes = (path, _opened(path)), 0
+        try:
+            tensor: Tensor = self._open[1].get_tensor(name)
+        except SafetensorError as error:
+            raise ArtifactCorruptError(
+                f"{path} has no tensor {name}, which its index names", COPY_AGAIN
+            ) from error
+        self._read_bytes += tensor.nbytes
+        return tensor
 
     def check(self) -> None:
         """Open every file once.

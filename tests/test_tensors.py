@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from dbllm_cli import tensors
 from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError
 from dbllm_cli.tensors import ShardWriter, TensorFolder, require_finite, save_tensors
 
@@ -140,3 +141,36 @@ def test_tensors_that_are_not_finite_are_refused_by_name(value: float) -> None:
         require_finite("layer.weight", torch.tensor([1.0, value]))
     require_finite("layer.weight", torch.tensor([1.0, 2.0]))
     require_finite("layer.ids", torch.tensor([1, 2]))
+
+
+def test_a_file_is_opened_once_for_all_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path, shard_bytes=128)
+    opened: list[Path] = []
+
+    def record(path: Path, framework: str) -> safe_open:
+        opened.append(path)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr(tensors, "safe_open", record)
+    assert len(dict(TensorFolder(tmp_path).items())) == 5
+    assert len(opened) == len(set(opened)) == 3
+
+
+def test_a_file_is_opened_anew_when_much_of_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path)
+    monkeypatch.setattr(tensors, "_OPEN_BYTES", 2 * 64)
+    opened = 0
+
+    def record(path: Path, framework: str) -> safe_open:
+        nonlocal opened
+        opened += 1
+        return safe_open(path, framework=framework)
+
+    folder = TensorFolder(tmp_path)
+    monkeypatch.setattr(tensors, "safe_open", record)
+    assert len(dict(folder.items())) == 5
+    assert opened == 3

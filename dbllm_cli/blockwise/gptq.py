@@ -13,21 +13,13 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from dbllm_cli.blockwise.finished_blocks import BlockReport, FinishedBlocks
 from dbllm_cli.blockwise.layer_inputs import layers_by_input, weighted_gram
 from dbllm_cli.blockwise.statistics import token_weights
 from dbllm_cli.blockwise.streamed_model import StreamedModel
-from dbllm_cli.blockwise.streams import (
-    BlockReport,
-    BlockStreams,
-    begin_streams,
-    finished_layers,
-    keep_layers,
-    keep_streams,
-    mean_error,
-)
+from dbllm_cli.blockwise.streams import BlockStreams, mean_error
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.compensation import Compensated, quantize_compensated
-from dbllm_cli.fdb.quantized import QuantizedMatrix
 from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.progress import Progress
 from dbllm_cli.tensors import require_finite
@@ -64,7 +56,8 @@ class GptqStart:
     def __init__(
         self, options: GptqOptions, model: StreamedModel, names: Collection[str], scratch: Path
     ) -> None:
-        self.options, self.model, self.names, self.scratch = options, model, set(names), scratch
+        self.options, self.model, self.names = options, model, set(names)
+        self.finished = FinishedBlocks(model, scratch, options.group_size, options.levels)
 
     def quantize_all(self, sequences: Tensor, progress: Progress) -> BlockReport:
         """Quantize every block that is not finished; the layers go to scratch.
@@ -80,22 +73,23 @@ class GptqStart:
             ArtifactCorruptError: a weight is NaN.
             StageFailedError: a scale is not finite, or XᵀX is singular.
         """
-        streams, report = begin_streams(
-            self.model, sequences, self.options.batch_size, self.scratch
+        report, size = self.finished.report(), self.options.batch_size
+        entering = self.model.enter(sequences, size)
+        streams = self.finished.streams(
+            BlockStreams(entering, entering), size, self._finished_block, progress
         )
         blocks = len(self.model.blocks)
         with progress.task("gptq", blocks, len(report), "blocks") as task:
             for index in range(len(report), blocks):
                 report.append({"error": self._quantize_block(index, streams)})
-                keep_streams(self.scratch, streams, report)
+                self.finished.keep_report(report, streams)
                 task.advance(block=index, error=report[-1]["error"])
         return report
 
-    def finished_layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
-        """Full name, planes and scales, and latent weights of every layer, read from scratch."""
-        return finished_layers(
-            self.model, self.scratch, self.options.group_size, self.options.levels
-        )
+    def _finished_block(self, index: int, teacher: nn.Module) -> nn.Module:
+        block = copy.deepcopy(teacher)
+        self.finished.set_layers(index, block)
+        return block
 
     def _quantize_block(self, index: int, streams: BlockStreams) -> float:
         """Quantize one block; the streams move on to its outputs. Its relative error."""
@@ -103,12 +97,11 @@ class GptqStart:
         block = self.model.load_block(index)
         targets = self.model.run_all(index, block, streams.teacher, size)
         student = copy.deepcopy(block)
-        self.model.drop_block(index)
         layers = self._compensate(index, student, streams.student, targets)
+        self.model.drop_block(index)
         output = self.model.run_all(index, student, streams.student, size)
         latents = {name: layer.latent for name, layer in layers.items()}
-        keep_layers(
-            self.scratch,
+        self.finished.keep_layers(
             index,
             {name: layer.quantized for name, layer in layers.items()},
             latents if self.options.keep_latents else None,

@@ -11,24 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from dbllm_cli.blockwise.block_error import ErrorMetric, relative_token_error
+from dbllm_cli.blockwise.finished_blocks import BlockReport, FinishedBlocks
 from dbllm_cli.blockwise.output_metric import OutputMetrics
 from dbllm_cli.blockwise.streamed_model import StreamedModel
-from dbllm_cli.blockwise.streams import (
-    BlockReport,
-    BlockStreams,
-    begin_streams,
-    entering_batch,
-    keep_layers,
-    keep_streams,
-    mean_error,
-)
+from dbllm_cli.blockwise.streams import BlockStreams, entering_batch, mean_error
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.llm.quantized_folder import PackedFolder
 from dbllm_cli.progress import Progress, Task
 from dbllm_cli.training.layers import LatentLinear
 from dbllm_cli.training.optimizer import RelativeAdamW, schedule_factor
-from dbllm_cli.training.student import dense_layer, latent_layer
+from dbllm_cli.training.student import latent_layer
 
 _BATCHES_BEFORE = 4
 
@@ -87,7 +80,8 @@ class BlockTraining:
         progress: Progress,
     ) -> None:
         self.options, self.student, self.model = options, student, teacher
-        self.scratch, self.progress = scratch, progress
+        self.progress = progress
+        self.finished = FinishedBlocks(teacher, scratch, student.group_size, student.levels)
         self.metrics = OutputMetrics(scratch, options.sensitivity_power, options.position_power)
         self.quantized_names = set(student.layer_names())
 
@@ -95,12 +89,9 @@ class BlockTraining:
         """Train every block that is not yet finished; errors before and after of each block."""
         options = self.options
         self.metrics.make(self.model, sequences, options.batch_size, options.seed, self.progress)
-        streams, report = begin_streams(
-            self.model,
-            sequences,
-            self.options.batch_size,
-            self.scratch,
-            self.student.tensors,
+        report = self.finished.report()
+        streams = self.finished.streams(
+            self._entering(sequences), options.batch_size, self._finished_block, self.progress
         )
         blocks = len(self.model.blocks)
         per_block = self.steps(len(sequences)) * self.options.batch_size + 2 * len(sequences)
@@ -109,8 +100,17 @@ class BlockTraining:
         ) as task:
             for index in range(len(report), blocks):
                 report.append(self._train_block(index, streams, task))
-                keep_streams(self.scratch, streams, report)
+                self.finished.keep_report(report, streams)
         return report
+
+    def _entering(self, sequences: Tensor) -> BlockStreams:
+        """What enters the first block, after the teacher's embeddings and after the student's."""
+        batch_size = self.options.batch_size
+        teacher = self.model.enter(sequences, batch_size)
+        self.model.load_outside(self.student.tensors)
+        student = self.model.enter(sequences, batch_size)
+        self.model.load_outside(self.model.tensors)
+        return BlockStreams(teacher, student)
 
     def steps(self, samples: int) -> int:
         """Optimizer steps of one block."""
@@ -129,17 +129,13 @@ class BlockTraining:
         if layers:
             window += self._following(index, targets, streams)
             self._optimize(window, layers, streams, task)
-        for following in window[1:]:
-            self.model.drop_block(following.place)
         quantized = {name: layer.quantize() for name, layer in layers.items()}
-        for name, layer in layers.items():
-            dense = dense_layer(quantized[name], layer.bias, self.model.dtype)
-            block.set_submodule(name, dense)
-        output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
-        after = mean_error(output, targets, batch_size)
         latents = {name: layer.latent for name, layer in layers.items()}
         kept = latents if self.options.keep_latents else None
-        keep_layers(self.scratch, index, quantized, kept)
+        self.finished.keep_layers(index, quantized, kept)
+        self.finished.set_layers(index, block)
+        output = self.model.run_all(index, block, streams.student, batch_size, task.advance)
+        after = mean_error(output, targets, batch_size)
         streams.teacher, streams.student = targets, output
         return {"error_before": round(before, 6), "error_after": round(after, 6)}
 
@@ -153,7 +149,7 @@ class BlockTraining:
         )
 
     def _following(self, index: int, entering: Tensor, streams: BlockStreams) -> list[_Matched]:
-        """The next block, where the window has two and the model goes on."""
+        """The next block, where the window has two and the model goes on; it stays loaded."""
         following = index + 1
         if self.options.window == 1 or following == len(self.model.blocks):
             return []
@@ -178,7 +174,7 @@ class BlockTraining:
     ) -> tuple[nn.Module, dict[str, LatentLinear]]:
         """A copy of the block with layers that train, the rest as the student has it."""
         prefix = self.model.blocks.name(index)
-        block = copy.deepcopy(teacher)
+        block = self._copied_block(index, teacher)
         layers: dict[str, LatentLinear] = {}
         for name, module in list(teacher.named_modules()):
             full = f"{prefix}.{name}"
@@ -190,11 +186,22 @@ class BlockTraining:
             matrix = self.model.matrix(full)
             layers[name] = latent_layer(self.student, full, quantized, matrix, bias)
             block.set_submodule(name, layers[name])
-        own = {f"{name}.alpha" for name in layers}
-        for name, parameter in block.named_parameters():
-            if name not in own and f"{prefix}.{name}" in self.student.tensors:
-                parameter.data.copy_(self.student.tensors.get(f"{prefix}.{name}"))
         return block, layers
+
+    def _copied_block(self, index: int, teacher: nn.Module) -> nn.Module:
+        """A copy of the block in which all but the quantized weights is the student's."""
+        block = copy.deepcopy(teacher)
+        for name, parameter in block.named_parameters():
+            full = f"{self.model.blocks.name(index)}.{name}"
+            quantized = full.removesuffix(".weight") in self.quantized_names
+            if not quantized and full in self.student.tensors:
+                parameter.data.copy_(self.student.tensors.get(full))
+        return block
+
+    def _finished_block(self, index: int, teacher: nn.Module) -> nn.Module:
+        block = self._copied_block(index, teacher)
+        self.finished.set_layers(index, block)
+        return block
 
     def _student_bias(self, name: str) -> Tensor | None:
         stored = f"{name}.bias"

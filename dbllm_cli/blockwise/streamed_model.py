@@ -42,6 +42,7 @@ class StreamedModel:
         self.model = empty_model(load_config(folder, trust_remote_code), trust_remote_code)
         self.blocks = find_blocks(self.model)
         self._calls: dict[int, list[BlockCall]] = {}
+        self._stored: dict[str, Tensor] = {}
         self.load_outside(self.tensors)
         for _, buffer in self.model.named_buffers():
             buffer.data = buffer.data.to(device)
@@ -61,20 +62,28 @@ class StreamedModel:
         set_module_tensor_to_device(module, name, self.device, value=tensor, dtype=tensor.dtype)
 
     def load_block(self, index: int) -> nn.Module:
-        """A block with its weights, in the model's dtype, on the device."""
+        """A block with its weights, in the model's dtype, on the device; not read if there."""
         block = self.blocks.modules[index]
         for name in list(block.state_dict()):
-            self._load(block, name, self.tensors.get(f"{self.blocks.name(index)}.{name}"))
+            full = f"{self.blocks.name(index)}.{name}"
+            if full not in self._stored:
+                self._stored[full] = self.tensors.get(full)
+                self._load(block, name, self._stored[full])
         return block.requires_grad_(False)
 
     def matrix(self, name: str) -> Tensor:
-        """A linear layer's weights as they are stored, float32 `[out, in]` on the device."""
-        stored = self.tensors.get(f"{name}.weight").to(self.device, torch.float32)
+        """A linear layer of a loaded block as it is stored, float32 `[out, in]` on the device.
+
+        The block's own may have been rounded to the model's dtype.
+        """
+        stored = self._stored[f"{name}.weight"].to(self.device, torch.float32)
         return matrix_of(self.model.get_submodule(name), stored)
 
     def drop_block(self, index: int) -> None:
         """Give the block's memory back."""
         block = self.blocks.modules[index]
+        for name in list(block.state_dict()):
+            del self._stored[f"{self.blocks.name(index)}.{name}"]
         for name, _ in list(block.named_parameters()):
             set_module_tensor_to_device(block, name, "meta")
 

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder, require_positions
+from dbllm_cli.llm.models import load_model, model_folder, require_positions
+from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.store import Artifact
 
 
@@ -70,9 +71,8 @@ def generate_stream(
     if temperature > 0:
         # Without top_p the model's own would go on beside top_k.
         options |= {"temperature": temperature, "top_k": top_k, "top_p": 1.0}
-    torch.manual_seed(seed)
     with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(_generate, model, ids, streamer, options)
+        writing = pool.submit(_generate, model, ids, streamer, seed, options)
         # A failure must end the stream too, or its reader would wait for ever.
         writing.add_done_callback(lambda _: streamer.end())
         try:
@@ -99,9 +99,12 @@ def _generate(
     model: PreTrainedModel,
     ids: torch.Tensor,
     streamer: TextIteratorStreamer,
+    seed: int,
     options: dict[str, Any],
 ) -> None:
-    with torch.inference_mode():
+    own_state = [model.device] if model.device.type == "cuda" else []
+    with torch.inference_mode(), torch.random.fork_rng(own_state):
+        torch.manual_seed(seed)
         ids = ids.to(model.device)
         cast(Any, model).generate(
             ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -19,10 +18,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
-from dbllm_cli.errors import ArtifactCorruptError, ArtifactMissingError, ConfigError, first_line
+from dbllm_cli.errors import ArtifactCorruptError, ConfigError, first_line
 from dbllm_cli.llm.quantizer import packed_settings, register, without_cpu_kernels
+from dbllm_cli.llm.quiet import quiet_transformers
 from dbllm_cli.store import Artifact, new_staging
 from dbllm_cli.store.disk import rename_durably
 from dbllm_cli.tensors import ShardWriter, TensorFolder
@@ -98,7 +97,7 @@ def module_tensor_names(model: PreTrainedModel) -> list[str]:
 
 
 def _import_model(source: Path, folder: Path, trust_remote_code: bool) -> None:
-    with _quiet():
+    with quiet_transformers():
         if source.is_file():
             model = _from_pretrained(
                 source.parent,
@@ -202,7 +201,7 @@ def load_model(
     packed_settings(folder)
     TensorFolder(folder).check()
     runs_on_cpu = torch.device(device).type == "cpu" and not trains
-    with _quiet(), contextlib.nullcontext() if runs_on_cpu else without_cpu_kernels():
+    with quiet_transformers(), contextlib.nullcontext() if runs_on_cpu else without_cpu_kernels():
         model = _from_pretrained(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     moved: Any = model.to(device)  # type: ignore[arg-type]
     return moved.eval().requires_grad_(False)  # type: ignore[no-any-return]
@@ -264,43 +263,3 @@ def require_positions(folder: Path, tokens: int, trust_remote_code: bool = False
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Rows of the model's embedding."""
     return int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        ArtifactMissingError: the folder has none.
-    """
-    names = (
-        "tokenizer.json",
-        "tokenizer.model",
-        "vocab.json",
-        "vocab.txt",
-        "tokenizer_config.json",
-    )
-    missing = ArtifactMissingError(
-        f"{folder} has no tokenizer (tokenizer.json)", "copy the model's tokenizer files into it"
-    )
-    if not any((folder / name).is_file() for name in names):
-        raise missing
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, OSError, TypeError, AttributeError) as error:
-        raise missing from error
-    return tokenizer
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' own bars and advice off the screen: dbllm draws its own."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dbllm_cli.errors import ConfigError, first_line
 
-_SUFFIXES = (".txt", ".raw", ".tokens", ".md", ".jsonl", ".json", ".parquet")
-_STRUCTURED = (".jsonl", ".json", ".parquet")
+_PLAIN, _JSON_LINES, _PARQUET = "plain", "JSON lines", "parquet"
+_FORMATS = dict.fromkeys((".txt", ".raw", ".tokens", ".md"), _PLAIN)
+_FORMATS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), _JSON_LINES) | {".parquet": _PARQUET}
 DOCUMENT_GAP = "\n\n"
 
 
@@ -24,7 +25,8 @@ class TextSource:
     """Where documents come from: a local file or folder, or a dataset of the hub.
 
     Attributes:
-        text: path of a text, JSONL or parquet file, or of a folder of them.
+        text: path of a text, JSONL or parquet file, or of a folder of them. The suffix, in whatever
+            case, tells which it is; a file without a suffix, named itself, is plain text.
         dataset: NAME or NAME:CONFIG of a dataset, when `text` is None.
         documents: range START:STOP, or None for all.
         separator: splits a text file into documents; a text file is one document without it.
@@ -42,7 +44,7 @@ class TextSource:
         """The documents, in order.
 
         Raises:
-            ConfigError: nothing there, no such column, or no text in it.
+            ConfigError: nothing there, no such column, no text in it, or a file of another kind.
         """
         start, _, stop = (self.documents or ":").partition(":")
         everything = self._from_files() if self.text is not None else self._from_dataset()
@@ -52,9 +54,13 @@ class TextSource:
         return found
 
     def is_plain_text(self) -> bool:
-        """Whether it is one text file, to be read as it is or line by line."""
+        """Whether it is one text file, to be read as it is or line by line.
+
+        Raises:
+            ConfigError: it is a file of a kind that is not read.
+        """
         path = Path(self.text or "")
-        return self.text is not None and path.is_file() and path.suffix not in _STRUCTURED
+        return self.text is not None and path.is_file() and _format_of(path) == _PLAIN
 
     def read_raw(self) -> str:
         """A single text file as one string.
@@ -84,16 +90,18 @@ class TextSource:
             raise ConfigError(f"{path} does not exist", "check the path given as text")
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES)
+            known = (file for file in path.rglob("*") if file.suffix.lower() in _FORMATS)
+            files = sorted(file for file in known if file.is_file())
             if not files:
-                raise ConfigError(f"{path} holds no {', '.join(_SUFFIXES)} file", "name a file")
+                raise ConfigError(f"{path} holds no {', '.join(_FORMATS)} file", "name a file")
         for file in files:
             yield from self._documents_of(file)
 
     def _documents_of(self, file: Path) -> Iterator[str]:
-        if file.suffix == ".parquet":
+        kind = _format_of(file)
+        if kind == _PARQUET:
             yield from _parquet_column(file, self.text_field)
-        elif file.suffix in (".jsonl", ".json"):
+        elif kind == _JSON_LINES:
             yield from _jsonl_field(file, self.text_field)
         elif self.separator is not None:
             parts = _read_text(file).split(self.separator)
@@ -122,9 +130,26 @@ class TextSource:
         yield from _texts(rows[self.text_field], f"column {self.text_field} of {self.dataset}")
 
 
+def _format_of(path: Path) -> str:
+    """How a file is read, by its suffix."""
+    suffix = path.suffix.lower()
+    if suffix and suffix not in _FORMATS:
+        raise ConfigError(
+            f"{path}: {suffix} files are not read as text",
+            f"give one of {', '.join(_FORMATS)}; plain text of another name: rename it to .txt",
+        )
+    return _FORMATS.get(suffix, _PLAIN)
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{path} can't be read: {error.strerror or error}", "check its permissions")
+
+
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}", "convert it to UTF-8") from error
 
@@ -150,6 +175,8 @@ def _parquet_column(path: Path, column: str) -> list[str]:
             )
         values = parquet.read_table(path, columns=[column])[column].to_pylist()
         return list(_texts(values, f"column {column} of {path}"))
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"{path} is not a parquet file: {error}", "give another file") from error
 
@@ -160,7 +187,7 @@ def _jsonl_field(path: Path, field: str) -> Iterator[str]:
             continue
         try:
             value = json.loads(line)[field]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"{path}:{number}: no JSON object with the field {field}", "set text_field"
             ) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dbllm_cli.errors import ArtifactMissingError
+from dbllm_cli.errors import ArtifactMissingError, ConfigError
 from dbllm_cli.store import Artifact, read_object
 from dbllm_cli.tensors import TensorFolder, save_tensors
 
@@ -38,12 +38,27 @@ class Calibration:
         save_tensors(self.input_mean_squares, folder / f"{_STATISTICS}.safetensors")
 
 
-def open_calibration(artifact: Artifact) -> Calibration:
-    """Read a calibration artifact."""
+def open_calibration(artifact: Artifact, num_samples: int | None = None) -> Calibration:
+    """Read a calibration artifact.
+
+    Args:
+        artifact: the calibration.
+        num_samples: train on so many of its sequences, the first ones; on all when absent.
+
+    Raises:
+        ConfigError: it holds fewer.
+    """
     tokens = TensorFolder(artifact.path, _TOKENS)
     statistics = TensorFolder(artifact.path, _STATISTICS)
+    train = tokens.get("train").to(torch.int64)
+    if num_samples is not None and num_samples > len(train):
+        raise ConfigError(
+            f"calibration {artifact.path} holds {len(train)} sequences to train on, "
+            f"fewer than the {num_samples} of num_samples",
+            f"use --num-samples {len(train)} or fewer, or calibrate again with more",
+        )
     return Calibration(
-        tokens.get("train").to(torch.int64),
+        train[:num_samples],
         tokens.get("held_out").to(torch.int64),
         dict(statistics.items()),
     )

@@ -43,14 +43,14 @@ def write_checkpoint(
 
 def drop_checkpoints(scratch: Path, name: str, kept: int) -> None:
     """Remove the checkpoints of this name but for number `kept`."""
-    for other in _checkpoints(scratch, name):
+    for other in checkpoint_numbers(scratch, name):
         if other != kept:
             shutil.rmtree(scratch / f"{name}-{other}", ignore_errors=True)
 
 
 def last_checkpoint(scratch: Path, name: str) -> tuple[dict[str, Tensor], dict[str, object]] | None:
     """The newest checkpoint's tensors and state."""
-    numbers = _checkpoints(scratch, name)
+    numbers = checkpoint_numbers(scratch, name)
     return read_checkpoint(scratch, name, max(numbers)) if numbers else None
 
 
@@ -62,6 +62,7 @@ def read_checkpoint(
     return dict(TensorFolder(folder).items()), read_scratch(folder / "state.json")
 
 
-def _checkpoints(scratch: Path, name: str) -> list[int]:
+def checkpoint_numbers(scratch: Path, name: str) -> list[int]:
+    """The numbers of the checkpoints of this name, in order."""
     endings = (path.name.removeprefix(f"{name}-") for path in scratch.glob(f"{name}-*"))
     return sorted(int(ending) for ending in endings if ending.isdigit())

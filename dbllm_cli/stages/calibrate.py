@@ -14,8 +14,8 @@ from dbllm_cli.llm.models import (
     Model,
     Tokenizer,
     load_model,
-    load_tokenizer,
     model_folder,
+    module_tensor_names,
     require_device,
     require_positions,
     vocabulary_size,
@@ -29,6 +29,7 @@ from dbllm_cli.llm.text import (
     tokens_digest,
     windows,
 )
+from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.calibration import Calibration
 from dbllm_cli.records.checkpoints import keep_tensors
 from dbllm_cli.records.environment import begin_or_resume, torch_dtype
@@ -49,18 +50,17 @@ def run(
     """Make the calibration artifact: tokens.safetensors, statistics.safetensors.
 
     Raises:
-        ConfigError: the text is too short.
+        ConfigError: the text is too short, or a weight too large for the compute dtype.
         ArtifactCorruptError: the model holds NaN.
     """
     require_device(ctx.device)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
-    for name, tensor in TensorFolder(folder).items():
-        require_finite(name, tensor)
     tokenizer = load_tokenizer(folder, ctx.trust_remote_code)
     require_positions(folder, config.sequence_length, ctx.trust_remote_code)
     environment = begin_or_resume(ctx.scratch, ctx.device, config.compute_dtype, ctx.progress)
     dtype = torch_dtype(environment.compute_dtype)
     model = load_model(folder, dtype, ctx.device, ctx.trust_remote_code)
+    _require_finite_weights(model, folder)
     if config.source == "generate":
         sequences = _generate(config, model, tokenizer, ctx)
     else:
@@ -74,6 +74,17 @@ def run(
         require_finite(f"the inputs of {name}", mean)
     Calibration(train, held_out, means).save(ctx.out)
     return Result(_report(train, held_out, model, tokenizer), environment)
+
+
+def _require_finite_weights(model: Model, folder: Path) -> None:
+    tensors = model.state_dict()
+    for name in module_tensor_names(model):
+        if not torch.isfinite(tensors[name]).all():
+            require_finite(name, TensorFolder(folder).get(name))
+            raise ConfigError(
+                f"tensor {name} is too large for {str(model.dtype).removeprefix('torch.')}",
+                "use --compute-dtype float32",
+            )
 
 
 def _generate(

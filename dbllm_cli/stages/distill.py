@@ -29,8 +29,8 @@ def run(
         StageFailedError: the loss is not finite.
     """
     require_same_model(inputs)
+    calibration = open_calibration(inputs["calibration"], config.num_samples)
     environment = begin_or_resume(ctx.scratch, ctx.device, config.compute_dtype, ctx.progress)
-    calibration = open_calibration(inputs["calibration"])
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
     student = PackedFolder(inputs["student"].path)
     dtype = torch_dtype(environment.compute_dtype)

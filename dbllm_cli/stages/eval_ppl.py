@@ -10,13 +10,7 @@ import torch
 
 from dbllm_cli.configs import EvalPplConfig
 from dbllm_cli.errors import ConfigError, StageFailedError
-from dbllm_cli.llm.models import (
-    Tokenizer,
-    load_model,
-    load_tokenizer,
-    model_folder,
-    require_positions,
-)
+from dbllm_cli.llm.models import Tokenizer, load_model, model_folder, require_positions
 from dbllm_cli.llm.perplexity import (
     Window,
     full_windows,
@@ -33,6 +27,7 @@ from dbllm_cli.llm.text import (
     wikitext_rows,
     windows,
 )
+from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.calibration import open_calibration, require_same_tokenizer
 from dbllm_cli.records.environment import environment_here, torch_dtype
 from dbllm_cli.records.evaluation import WINDOWS, ratio_standard_error

@@ -10,7 +10,8 @@ import torch
 
 from dbllm_cli.configs import EvalTasksConfig
 from dbllm_cli.errors import ConfigError
-from dbllm_cli.llm.models import load_model, load_tokenizer, model_folder
+from dbllm_cli.llm.models import load_model, model_folder
+from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.checkpoints import last_checkpoint, save_checkpoint
 from dbllm_cli.records.environment import begin_or_resume, torch_dtype
 from dbllm_cli.records.evaluation import ITEMS, accuracy

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dbllm_cli.blockwise.finished_blocks import BlockReport
 from dbllm_cli.blockwise.gptq import GptqOptions, GptqStart, names_layer
 from dbllm_cli.blockwise.layer_inputs import uncalled_layers
 from dbllm_cli.blockwise.streamed_model import StreamedModel
-from dbllm_cli.blockwise.streams import BlockReport
 from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.fit import fit_scales
@@ -20,7 +20,6 @@ from dbllm_cli.llm.models import (
     copy_other_files,
     empty_model,
     load_config,
-    load_tokenizer,
     model_folder,
     module_tensor_names,
 )
@@ -29,6 +28,7 @@ from dbllm_cli.llm.quantized_folder import (
     quantized_config,
     write_quantized,
 )
+from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.calibration import open_calibration, require_same_model
 from dbllm_cli.records.environment import begin_or_resume, environment_here, torch_dtype
 from dbllm_cli.records.layers import over_all_layers, show_layers, write_layer_report
@@ -53,13 +53,15 @@ def run(
         StageFailedError: a scale is not finite in float16.
     """
     require_same_model(inputs)
+    calibration = None
+    if "calibration" in inputs:
+        calibration = open_calibration(inputs["calibration"], config.num_samples)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
     load_tokenizer(folder, ctx.trust_remote_code)
     model = empty_model(load_config(folder, ctx.trust_remote_code), ctx.trust_remote_code)
     blocks = find_blocks(model)
     layers = select_layers(blocks, config.include, config.exclude)
     _require_calls(model, layers)
-    calibration = open_calibration(inputs["calibration"]) if "calibration" in inputs else None
     means = {} if calibration is None else calibration.input_mean_squares
     blocks_report: BlockReport | None = None
     if config.method == "gptq":
@@ -68,9 +70,8 @@ def run(
         dtype = torch_dtype(environment.compute_dtype)
         teacher = StreamedModel(folder, ctx.device, ctx.trust_remote_code, dtype)
         start = GptqStart(options_from(config, GptqOptions), teacher, layers, ctx.scratch)
-        sequences = calibration.train[: config.num_samples]
-        blocks_report = start.quantize_all(sequences, ctx.progress)
-        quantized = start.finished_layers()
+        blocks_report = start.quantize_all(calibration.train, ctx.progress)
+        quantized = start.finished.layers()
     else:
         environment = environment_here(ctx.device, "float32")
         quantized = _fitted_layers(config, folder, layers, means, ctx)

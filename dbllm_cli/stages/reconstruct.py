@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 from dbllm_cli.blockwise.reconstruction import BlockTraining, BlockTrainingOptions
 from dbllm_cli.blockwise.streamed_model import StreamedModel
-from dbllm_cli.blockwise.streams import finished_layers
 from dbllm_cli.configs import ReconstructConfig
 from dbllm_cli.llm.models import model_folder
 from dbllm_cli.llm.quantized_folder import PackedFolder, write_requantized
@@ -29,6 +28,7 @@ def run(
         StageFailedError: a loss is not finite.
     """
     require_same_model(inputs)
+    calibration = open_calibration(inputs["calibration"], config.num_samples)
     environment = begin_or_resume(ctx.scratch, ctx.device, config.compute_dtype, ctx.progress)
     dtype = torch_dtype(environment.compute_dtype)
     folder = model_folder(inputs["model"], ctx.work, ctx.trust_remote_code)
@@ -36,10 +36,8 @@ def run(
     student = PackedFolder(inputs["student"].path)
     options = options_from(config, BlockTrainingOptions)
     training = BlockTraining(options, student, teacher, ctx.scratch, ctx.progress)
-    calibration = open_calibration(inputs["calibration"])
-    report = training.train_all(calibration.train[: config.num_samples])
-    finished = finished_layers(teacher, ctx.scratch, student.group_size, student.levels)
-    write_requantized(student, ctx.out, finished)
+    report = training.train_all(calibration.train)
+    write_requantized(student, ctx.out, training.finished.layers())
     means = calibration.input_mean_squares
     layers = write_layer_report(ctx.out, folder, means, ctx.trust_remote_code)
     errors = [block["error_after"] for block in report]

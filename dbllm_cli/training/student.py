@@ -1,6 +1,7 @@
 """Layers that train, and those that are finished, in the place of a block's linear layers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -136,3 +137,27 @@ def make_trainable(
             )
         model.set_submodule(name, layers[name])
     return layers
+
+
+@contextmanager
+def as_stored(
+    layers: Iterable[TrainableLinear], others: Iterable[nn.Parameter], dtype: torch.dtype
+) -> Iterator[None]:
+    """Scales and unquantized parameters rounded to what the artifact holds, for a while.
+
+    Args:
+        layers: those that train.
+        others: parameters outside of them that train.
+        dtype: what these are stored in.
+    """
+    layers, others = list(layers), list(others)
+    exact = [(each, each.data) for each in (*others, *(layer.alpha for layer in layers))]
+    for parameter in others:
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    for layer in layers:
+        layer.alpha.data = layer.rounded_scales().detach()
+    try:
+        yield
+    finally:
+        for parameter, data in exact:
+            parameter.data = data

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from dbllm_cli.records.checkpoints import (
     write_checkpoint,
 )
 from dbllm_cli.records.metrics import TrainingMetrics
+from dbllm_cli.training.batches import Batches
 from dbllm_cli.training.layers import LatentLinear
 from dbllm_cli.training.losses import (
     DistillationLoss,
@@ -37,7 +37,7 @@ from dbllm_cli.training.losses import (
     distillation_loss,
 )
 from dbllm_cli.training.optimizer import RelativeAdamW, schedule_factor
-from dbllm_cli.training.student import make_trainable, unquantized_parameters
+from dbllm_cli.training.student import as_stored, make_trainable, unquantized_parameters
 
 _ROUNDED_SHARE = 0.25
 """Of the steps, at the end, in which scales train through their rounding."""
@@ -61,7 +61,6 @@ class TrainerOptions:
     unquantized_lr: float
     warmup_steps: int
     clip: float
-    num_samples: int | None
     eval_every: int
     patience: int
     save_every: int
@@ -102,7 +101,8 @@ class Trainer:
         self.teacher, self.model = models
         self.device = self.model.device
         self.calibration = calibration
-        self.sequences = calibration.train[: options.num_samples]
+        self.sequences = calibration.train
+        self.batches = Batches(len(self.sequences), options.batch_size, options.seed)
         to_logits = head(self.model), head(self.teacher)
         self.loss = DistillationLoss(
             options.loss, options.ambiguity, options.gamma, options.plain_weight
@@ -166,7 +166,8 @@ class Trainer:
         parts = options.gradient_accumulation
         loss = plain = 0.0
         for number in range(parts):
-            batch = self.sequences[self._chosen(step * parts + number)].to(self.device)
+            chosen = self.batches.indices(step * parts + number)
+            batch = self.sequences[chosen].to(self.device)
             hidden, outcome = self._forward(batch)
             loss += float(outcome.loss) / parts
             plain += float(outcome.plain) / parts
@@ -191,16 +192,6 @@ class Trainer:
         for layer in self.layers.values():
             layer.rounds_scales = late and layer.scheme.trains_rounded
 
-    def _chosen(self, number: int) -> Tensor:
-        """The sequences of batch `number`: a fresh order every epoch, from the seed alone."""
-        samples, size = len(self.sequences), self.options.batch_size
-        positions = range(number * size, (number + 1) * size)
-        return torch.tensor([int(self._order(p // samples)[p % samples]) for p in positions])
-
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(self.options.seed * 100_003 + epoch)
-        return torch.randperm(len(self.sequences), generator=generator)
-
     def _forward(self, batch: Tensor) -> tuple[Tensor, LossAndGradient]:
         """The student's hidden states and the loss with its gradient to them."""
         with torch.no_grad():
@@ -221,7 +212,7 @@ class Trainer:
         if not len(self.calibration.held_out):
             return
         losses = []
-        with self._as_stored():
+        with as_stored(self.layers.values(), self.others.values(), self.stored_dtype):
             for batch in self.calibration.held_out.split(self.options.batch_size):
                 _, outcome = self._forward(batch.to(self.device))
                 losses.append(float(outcome.plain) * len(batch))
@@ -237,22 +228,6 @@ class Trainer:
             write_checkpoint(self.scratch, "best", step, self._weights(), dict(self.best))
         else:
             self.worse += 1
-
-    @contextmanager
-    def _as_stored(self) -> Iterator[None]:
-        """Scales and unquantized parameters rounded to what the artifact holds."""
-        others = list(self.others.values())
-        scales = [layer.alpha for layer in self.layers.values()]
-        exact = [(parameter, parameter.data) for parameter in (*others, *scales)]
-        for parameter in others:
-            parameter.data = parameter.data.to(self.stored_dtype).to(parameter.dtype)
-        for layer in self.layers.values():
-            layer.alpha.data = layer.rounded_scales().detach()
-        try:
-            yield
-        finally:
-            for parameter, data in exact:
-                parameter.data = data
 
     def _weights(self) -> dict[str, Tensor]:
         return {n: t for n, t in self.optimizer.state_tensors().items() if ":" not in n}

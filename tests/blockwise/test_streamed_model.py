@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from dbllm_cli.blockwise.streamed_model import StreamedModel
 from dbllm_cli.llm.blocks import layer_shape
+from dbllm_cli.tensors import TensorFolder
 from tests.llm.conftest import llama_config, random_model
 from tests.llm.test_blocks import FAMILIES
 
@@ -59,6 +60,8 @@ def test_matrices_are_read_in_float32_inputs_last(config: object, tmp_path: Path
     model = random_model(config)  # type: ignore[arg-type]
     model.save_pretrained(tmp_path)
     streamed = StreamedModel(tmp_path, "cpu", dtype=torch.bfloat16)
+    for index in range(len(streamed.blocks)):
+        streamed.load_block(index)
     for name, module in streamed.blocks.linear_layers():
         matrix = streamed.matrix(name)
         whole = model.get_submodule(name)
@@ -88,3 +91,21 @@ def test_bfloat16_checkpoints_stream_in_float32(tmp_path: Path, ids: Tensor) -> 
     streamed = StreamedModel(tmp_path, "cpu")
     assert streamed.enter(ids, 5).dtype == torch.float32
     assert {p.dtype for p in streamed.load_block(0).parameters()} == {torch.float32}
+
+
+def test_a_block_is_read_once_for_its_weights_as_they_run_and_as_they_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_model(llama_config()).save_pretrained(tmp_path)
+    streamed = StreamedModel(tmp_path, "cpu", dtype=torch.bfloat16)
+    read: list[str] = []
+    get = TensorFolder.get
+    monkeypatch.setattr(
+        TensorFolder, "get", lambda self, name: read.append(name) or get(self, name)
+    )
+    block = streamed.load_block(1)
+    for name, _ in streamed.blocks.linear_layers():
+        if name.startswith(f"{streamed.blocks.name(1)}."):
+            assert streamed.matrix(name).dtype == torch.float32
+    streamed.drop_block(1)
+    assert sorted(read) == sorted(f"{streamed.blocks.name(1)}.{n}" for n in block.state_dict())

@@ -84,6 +84,6 @@ def stories_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def stories_tokenizer(stories_folder: Path) -> PreTrainedTokenizerBase:
-    from dbllm_cli.llm.models import load_tokenizer
+    from dbllm_cli.llm.tokenizers import load_tokenizer
 
     return load_tokenizer(stories_folder)

@@ -56,6 +56,13 @@ def test_the_seed_alone_draws_what_is_written(gpt2_folder: Path) -> None:
     assert first == again != other
 
 
+def test_the_seed_of_whoever_calls_is_left_as_it_was(gpt2_folder: Path) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    write(gpt2_folder, temperature=1.0, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_more_tokens_than_positions_are_refused(gpt2_folder: Path) -> None:
     with pytest.raises(ConfigError, match=f"more than the {POSITIONS} positions"):
         write(gpt2_folder, max_new_tokens=POSITIONS)

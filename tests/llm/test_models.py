@@ -12,10 +12,10 @@ from dbllm_cli.llm.models import (
     empty_model,
     load_config,
     load_model,
-    load_tokenizer,
     model_folder,
     module_tensor_names,
 )
+from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.store import Artifact, new_staging
 from dbllm_cli.tensors import TensorFolder, save_tensors
 from tests.llm.conftest import llama_config, random_model

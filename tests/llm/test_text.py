@@ -267,7 +267,7 @@ def test_the_stories_tokenizer_begins_every_document_with_bos_once(
 def test_the_digest_of_a_tokenizer_follows_its_vocabulary(
     stories_tokenizer: PreTrainedTokenizerBase, stories_folder: Path
 ) -> None:
-    from dbllm_cli.llm.models import load_tokenizer
+    from dbllm_cli.llm.tokenizers import load_tokenizer
 
     again = load_tokenizer(stories_folder)
     assert tokenizer_digest(again) == tokenizer_digest(stories_tokenizer)

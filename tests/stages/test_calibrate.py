@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.store import Artifact
+from dbllm_cli.tensors import TensorFolder
 from tests.conftest import Workshop
 from tests.stages.conftest import KilledAndResumed
+from tests.test_bad_input import with_changed_tensor
 from tests.tiny_models import VOCABULARY
 
 
@@ -148,3 +150,28 @@ def test_killed_while_generating_it_ends_with_the_same_bytes(
         num_samples=6, held_out=3, sequence_length=24, batch_size=4,
     )  # fmt: skip
     assert resumed.digest == calibration.digest
+
+
+def test_the_model_is_read_once(
+    fresh: Workshop, llama: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    get = TensorFolder.get
+
+    def record(self: TensorFolder, name: str) -> torch.Tensor:
+        read.append(self.folder)
+        return get(self, name)
+
+    monkeypatch.setattr(TensorFolder, "get", record)
+    fresh.calibrate(llama)
+    assert llama.path not in read
+
+
+def test_a_weight_that_is_too_large_for_the_compute_dtype_is_named(
+    fresh: Workshop, llama_folder: Path, tmp_path: Path
+) -> None:
+    name = "model.norm.weight"
+    folder = with_changed_tensor(llama_folder, tmp_path / "large", name, 3.4e38)
+    with pytest.raises(ConfigError, match=f"tensor {name} is too large for bfloat16") as raised:
+        fresh.calibrate(fresh.model(folder), compute_dtype="bfloat16")
+    assert "--compute-dtype float32" in raised.value.hint

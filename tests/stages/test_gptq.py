@@ -94,7 +94,7 @@ def test_layers_that_share_an_input_see_the_quantized_ones_before_them(
 def test_killed_after_its_first_block_it_ends_with_the_same_bytes(
     killed_and_resumed: KilledAndResumed, inputs: dict[str, Artifact], compensated: Artifact
 ) -> None:
-    resumed = killed_and_resumed("init-fdb", inputs, ".scratch/*/streams-0/state.json", **GPTQ)
+    resumed = killed_and_resumed("init-fdb", inputs, ".scratch/*/report-1/state.json", **GPTQ)
     assert resumed.digest == compensated.digest
 
 

@@ -166,7 +166,7 @@ def test_killed_after_its_first_block_it_ends_with_the_same_bytes(
 ) -> None:
     settings = SETTINGS | {"window": 2}
     resumed = killed_and_resumed(
-        "reconstruct", training, ".scratch/*/streams-0/state.json", **settings
+        "reconstruct", training, ".scratch/*/report-1/state.json", **settings
     )
     assert resumed.digest == workshop.make("reconstruct", training, **settings).digest
 

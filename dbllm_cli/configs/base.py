@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 ComputeDtype = Literal["bfloat16", "float32"]
 ComputeDtypeOrAuto = Literal["auto", ComputeDtype]
@@ -63,6 +64,14 @@ class Needs:
             else f"{name(setting)} {' or '.join(map(str, values))}"
             for setting, values in self._settings.items()
         )
+
+    def __get_pydantic_json_schema__(
+        self, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The field's schema for editors, with what it needs as a comment."""
+        schema = handler(core)
+        comments = [schema["$comment"]] if "$comment" in schema else []
+        return {**schema, "$comment": "; ".join([*comments, f"needs {self.text()}"])}
 
 
 class StageConfig(BaseModel):

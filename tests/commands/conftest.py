@@ -57,10 +57,9 @@ def dbllm(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DBLLM_STORE", raising=False)
 
-    for stream in (sys.stdout, sys.stderr):  # as a terminal's error stream is
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-
     def call(*arguments: str) -> Result:
+        for stream in (sys.stdout, sys.stderr):  # as Python's own error stream is
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         code = run(arguments)
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)

@@ -81,8 +81,8 @@ def test_an_option_without_effect_is_refused_with_the_option_that_it_needs(
 @pytest.mark.parametrize(
     "line",
     [["calibrate", "{}"], ["calibrate", "model", "--store", "{}"], ["pack", "x", "--evals", "{}"],
-     ["run", "{}"], ["status", "{}"], ["ls", "--store", "{}"], ["gc", "{}"], ["gc", "--keep", "{}"], ["show", "{}"], ["verify", "{}"],
-     ["generate", "{}", "--prompt", "x"]],
+     ["run", "{}"], ["status", "{}"], ["ls", "--store", "{}"], ["gc", "{}"], ["show", "{}"],
+     ["gc", "--keep", "{}"], ["verify", "{}"], ["generate", "{}", "--prompt", "x"]],
 )  # fmt: skip
 def test_a_name_that_no_file_can_have_is_a_usage_error(
     line: list[str], name: str, dbllm: DbllmCall, model: str

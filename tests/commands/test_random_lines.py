@@ -44,7 +44,7 @@ def test_a_stage_with_random_options_never_ends_with_a_bug(
     made = {"model": model, "calibration": dbllm("calibrate", model).path}
     made["student"] = made["fdb"] = dbllm("init-fdb", model).path
     made["packed"] = dbllm("pack", made["fdb"]).path
-    for _ in range(30):
+    for _ in range(20):
         slots = [
             chance.choice(VALUES) if chance.random() < 0.1 else made[slot.name]
             for slot in spec.inputs
@@ -75,7 +75,7 @@ def test_a_command_with_random_names_never_ends_with_a_bug(
     names = ("seed", "text", "separator", "batch_size", "exclude", "path", "revision")
     steps = ("calibrate", "init-fdb", "model", "x")
     fields = [f"{step}.{name}" for step in steps for name in names]
-    for _ in range(30):
+    for _ in range(20):
         line = [command]
         for name in chance.choices((*own.get(command, ()), "--store"), k=chance.randint(0, 2)):
             value = chance.choice(VALUES)

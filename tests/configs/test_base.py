@@ -53,6 +53,13 @@ def test_a_setting_without_effect_is_refused_with_what_it_needs(
         STAGES[stage].config(**settings)
 
 
+def test_the_schema_for_editors_says_what_a_setting_needs() -> None:
+    fields = STAGES["eval-ppl"].config.model_json_schema()["properties"]
+    assert fields["stride"]["$comment"] == "needs protocol strided"
+    assert "needs text or dataset" in fields["reading"]["$comment"]
+    assert "needs protocol gptq or strided" in fields["reading"]["$comment"]
+
+
 def test_every_mark_at_a_field_is_tried_here() -> None:
     marked = {
         (stage, name)

@@ -7,6 +7,7 @@ library that is there and can't be used is warned of.
 
 import ctypes
 import os
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
@@ -181,6 +182,12 @@ def kernel_name() -> str:
     return REFERENCE if kernels is None else kernels.instruction_set
 
 
+def torch_library() -> Path:
+    """Torch's own library, whose functions the operators call."""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    return Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+
+
 def _load(wanted: str | None) -> CpuKernels | str:
     """The kernels, or why there are none."""
     path = library_path()
@@ -193,8 +200,7 @@ def _load(wanted: str | None) -> CpuKernels | str:
     chosen = library.dbllm_choose(None if wanted is None else wanted.encode())
     if chosen is None:
         return "this processor does not have it"
-    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    lacking = library.dbllm_register(str(torch_library).encode())
+    lacking = library.dbllm_register(str(torch_library()).encode())
     if lacking is not None:
         return f"torch {torch.__version__} lacks {lacking.decode()}"
     return CpuKernels(library, chosen.decode())

@@ -29,6 +29,8 @@ static const struct {
     {"aoti_torch_dtype_float32", &torch.float32},
     {"aoti_torch_dtype_bfloat16", &torch.bfloat16},
     {"aoti_torch_dtype_float16", &torch.float16},
+    {"aoti_torch_dtype_uint8", &torch.uint8},
+    {"aoti_torch_dtype_bool", &torch.boolean},
 };
 
 /* -- work memory: buffers of a thread, as large as the widest layer needs -- */
@@ -71,6 +73,12 @@ const char* torch_abi_load(const char* torch_library) {
         if (address == NULL) return symbols[i].name;
         memcpy(symbols[i].address, &address, sizeof address);
     }
+    /* Of libstdc++, and of libc++: the C ABI has no way to raise an error in an operator. */
+    void* thrower = dlsym(handle, "_ZSt21__throw_runtime_errorPKc");
+    if (thrower == NULL) thrower = dlsym(handle, "_ZNSt3__121__throw_runtime_errorEPKc");
+    if (thrower == NULL) thrower = dlsym(handle, "_ZNSt3__119__throw_runtime_errorEPKc");
+    if (thrower == NULL) return "std::__throw_runtime_error";
+    memcpy(&torch.throw_error, &thrower, sizeof thrower);
     pthread_key_create(&work_key, free_work);
     return NULL;
 }
@@ -87,7 +95,12 @@ void array_describe(tensor from, array* to) {
     torch.dtype(from, &dtype);
     memcpy(to->sizes, sizes, (size_t)to->dim * sizeof *sizes);
     memcpy(to->strides, strides, (size_t)to->dim * sizeof *strides);
-    to->type = dtype == torch.float32() ? FLOAT32 : dtype == torch.bfloat16() ? BFLOAT16 : FLOAT16;
+    to->type = dtype == torch.float32()    ? FLOAT32
+               : dtype == torch.bfloat16() ? BFLOAT16
+               : dtype == torch.float16()  ? FLOAT16
+               : dtype == torch.uint8()    ? UINT8
+               : dtype == torch.boolean()  ? BOOLEAN
+                                           : OTHER;
 }
 
 /* Offset, in elements, of a row of the flattened leading dimensions. */

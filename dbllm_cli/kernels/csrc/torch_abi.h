@@ -27,6 +27,9 @@ typedef struct {
     int32_t (*float32)(void);
     int32_t (*bfloat16)(void);
     int32_t (*float16)(void);
+    int32_t (*uint8)(void);
+    int32_t (*boolean)(void);
+    void (*throw_error)(const char*); /* std::runtime_error, which torch makes a RuntimeError */
 } torch_abi;
 
 extern torch_abi torch;
@@ -34,7 +37,7 @@ extern torch_abi torch;
 /* Finds the functions. NULL, or the name of what this torch lacks. */
 const char* torch_abi_load(const char* torch_library);
 
-typedef enum { FLOAT32, BFLOAT16, FLOAT16 } element_type;
+typedef enum { FLOAT32, BFLOAT16, FLOAT16, UINT8, BOOLEAN, OTHER } element_type;
 
 enum { ARRAY_MAX_DIM = 64 };
 
@@ -44,7 +47,9 @@ typedef struct {
     int64_t dim, sizes[ARRAY_MAX_DIM], strides[ARRAY_MAX_DIM];
 } array;
 
-static inline int64_t array_element_bytes(const array* x) { return x->type == FLOAT32 ? 4 : 2; }
+static inline int64_t array_element_bytes(const array* x) {
+    return x->type == FLOAT32 ? 4 : x->type == BFLOAT16 || x->type == FLOAT16 ? 2 : 1;
+}
 
 void array_describe(tensor from, array* to);
 

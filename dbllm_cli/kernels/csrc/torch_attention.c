@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "fdb.h"
+#include "torch_check.h"
 
 typedef struct {
     int64_t heads;
@@ -46,6 +47,30 @@ static void attend(int64_t first, int64_t last, void* context) {
     }
 }
 
+enum { LARGEST_HEAD = 512, MOST_SHARED = 64 }; /* kernels/attention.py has them too */
+
+static int is_cache(const array* x, const array* query) {
+    return x->type == query->type && x->dim == 4 && x->sizes[0] == query->sizes[0] &&
+           x->sizes[3] == query->sizes[3] && x->sizes[2] > 0 && x->sizes[1] > 0 &&
+           x->strides[3] == 1;
+}
+
+int attention_fits(const stable_value* arguments, const array* query) {
+    array key, value, mask;
+    array_describe((tensor)arguments[1], &key);
+    array_describe((tensor)arguments[2], &value);
+    array_describe((tensor)arguments[3], &mask);
+    if (!is_computed(query) || query->dim != 4 || query->sizes[2] != 1) return 0;
+    if (query->sizes[0] < 1 || query->sizes[3] < 1 || query->sizes[3] > LARGEST_HEAD) return 0;
+    if (!is_cache(&key, query) || !is_cache(&value, query)) return 0;
+    int64_t heads = key.sizes[1], positions = key.sizes[2];
+    if (value.sizes[1] != heads || value.sizes[2] != positions) return 0;
+    if (query->sizes[1] % heads != 0 || query->sizes[1] / heads > MOST_SHARED) return 0;
+    if (mask.dim == 2) return mask.sizes[0] == 0 && mask.sizes[1] == 0;
+    int64_t masked = mask.dim == 4 && mask.sizes[0] == 1 ? 1 : query->sizes[0];
+    return has_sizes(&mask, BOOLEAN, 4, (int64_t[]){masked, 1, 1, positions});
+}
+
 void attention_run(const stable_value* arguments, const array* query, float scale, float* scaled,
                    float* out) {
     call c = {.heads = query->sizes[1], .query = scaled, .out = out};
@@ -68,6 +93,8 @@ void attend_one_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     char* data;
     memcpy(&scale, &stack[4], sizeof scale);
     array_describe((tensor)stack[0], &query);
+    REQUIRE(attention_fits(stack, &query), 4,
+            "attend_one takes one query a sequence, and keys, values and a mask that fit it");
     int64_t batch = query.sizes[0], heads = query.sizes[1], dim = query.sizes[3];
     int64_t numbers = batch * heads * dim;
     float* own = work_memory(WORK_INPUTS, work_bytes(2 * numbers * 4));

@@ -4,6 +4,9 @@
 
 #include "torch_abi.h"
 
+/* Whether an operator's arguments query, key, value and mask are what attention_run reads. */
+int attention_fits(const stable_value* arguments, const array* query);
+
 /* Attends from the operator's arguments query, key, value and mask.
  *
  * `query`: the first of them, [batch][heads][1][dim].

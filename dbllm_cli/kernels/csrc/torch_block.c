@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "torch_attention.h"
+#include "torch_check.h"
 #include "torch_products.h"
 
 typedef struct {
@@ -27,6 +28,29 @@ static void block_describe(block* b, stable_value hidden, stable_value norm, int
     b->hidden = b->x.sizes[b->x.dim - 1];
     b->group_size = group_size;
     b->eps = (float)wide;
+}
+
+/* One token of few sequences, and a norm of as many numbers. */
+static int block_fits(const block* b) {
+    return is_computed(&b->x) && b->x.dim == 3 && b->x.sizes[1] == 1 && b->batch > 0 &&
+           b->batch <= FDB_MAX_COLUMNS && b->hidden > 0 && is_vector(&b->norm, b->hidden, 0);
+}
+
+static int tiles_fit(const block* b, stable_value tiles, int64_t in_features, int64_t out_features) {
+    array own;
+    array_describe((tensor)tiles, &own);
+    return is_tiles(&own, in_features, out_features, b->group_size);
+}
+
+static int vector_fits(stable_value vector, int64_t count) {
+    array own;
+    array_describe((tensor)vector, &own);
+    return is_vector(&own, count, 1);
+}
+
+static int angles_fit(const array* x, int64_t batch, int64_t dim) {
+    return is_floating(x) && x->dim == 3 && (x->sizes[0] == 1 || x->sizes[0] == batch) &&
+           x->sizes[1] == 1 && x->sizes[2] == dim;
 }
 
 /* Parts of one piece of work memory, handed out in order. */
@@ -129,6 +153,15 @@ void block_before_cache(stable_value* stack, uint64_t inputs, uint64_t outputs) 
     block_describe(&b, stack[HIDDEN], stack[NORM], (int64_t)stack[15], stack[16]);
     array_describe((tensor)stack[COS], &cos);
     array_describe((tensor)stack[SIN], &sin);
+    int fits = block_fits(&b) && heads > 0 && key_heads > 0 && dim > 0 && dim % 2 == 0 &&
+               angles_fit(&cos, b.batch, dim) && angles_fit(&sin, b.batch, dim) &&
+               cos.sizes[0] == sin.sizes[0];
+    for (int i = 0; fits && i < PRODUCTS_MATRICES; i++) {
+        int64_t own = (i == 0 ? heads : key_heads) * dim;
+        fits = tiles_fit(&b, stack[TILES + i], b.hidden, own) && vector_fits(stack[BIAS + i], own);
+        if (i < 2) fits = fits && vector_fits(stack[HEAD_NORM + i], dim);
+    }
+    REQUIRE(fits, TENSORS, "block_before_cache got tensors that do not fit each other");
     int64_t widest = heads * dim > b.hidden ? heads * dim : b.hidden;
     widest = widest > 2 * dim ? widest : 2 * dim;
     int64_t numbers = b.hidden + products_row(b.hidden) + 3 * heads * dim;
@@ -185,6 +218,13 @@ void block_after_cache(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     block_describe(&b, stack[HIDDEN], stack[NORM], (int64_t)stack[11], stack[12]);
     memcpy(&scale, &stack[13], sizeof scale);
     array_describe((tensor)stack[QUERY], &query);
+    int fits = block_fits(&b) && attention_fits(stack + QUERY, &query) &&
+               query.sizes[0] == b.batch && inner > 0 &&
+               tiles_fit(&b, stack[OUTPUT], query.sizes[1] * query.sizes[3], b.hidden) &&
+               tiles_fit(&b, stack[GATE], b.hidden, inner) &&
+               tiles_fit(&b, stack[UP], b.hidden, inner) &&
+               tiles_fit(&b, stack[DOWN], inner, b.hidden);
+    REQUIRE(fits, TENSORS, "block_after_cache got tensors that do not fit each other");
     int64_t heads = query.sizes[1] * query.sizes[3], widest = heads > inner ? heads : inner;
     widest = widest > b.hidden ? widest : b.hidden;
     char* memory = work_memory(WORK_INPUTS, 6 * work_bytes(b.batch * products_row(widest) * 4));

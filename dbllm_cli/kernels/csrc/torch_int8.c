@@ -1,6 +1,6 @@
 /* dbllm::int8_linear_cpu(Tensor x, Tensor weight) -> Tensor */
 #include "fdb.h"
-#include "torch_abi.h"
+#include "torch_check.h"
 
 enum { MAX_COLUMNS = 32, GRAIN_BYTES = 1 << 17 };
 
@@ -44,6 +44,12 @@ void int8_linear_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     array input, rows_of;
     array_describe(x, &input);
     array_describe(weight, &rows_of);
+    REQUIRE(is_floating(&input) && input.dim > 0 && input.sizes[input.dim - 1] > 0, 2,
+            "int8_linear takes an input in float32, bfloat16 or float16");
+    REQUIRE(rows_of.dim == 2 &&
+                has_sizes(&rows_of, UINT8, 2,
+                          (int64_t[]){rows_of.sizes[0], input.sizes[input.dim - 1] + 2}),
+            2, "int8_linear takes rows of 8-bit weights, each with its scale");
     call c = {.weight = (const uint8_t*)rows_of.data};
     c.in = input.sizes[input.dim - 1], c.rows = rows_of.sizes[0];
     int64_t rows;

@@ -1,6 +1,7 @@
 /* dbllm::fdb_linear_tiled(Tensor x, Tensor tiles, int out_features, int group_size) -> Tensor */
 #include <string.h>
 
+#include "torch_check.h"
 #include "torch_products.h"
 
 const fdb_instruction_set* fdb_chosen;
@@ -60,6 +61,10 @@ static void fdb_linear_tiled(stable_value* stack, uint64_t inputs, uint64_t outp
     array input, weights;
     array_describe(x, &input);
     array_describe(tiles, &weights);
+    REQUIRE(is_floating(&input) && input.dim > 0, 2,
+            "fdb_linear_tiled takes an input in float32, bfloat16 or float16");
+    REQUIRE(is_tiles(&weights, input.sizes[input.dim - 1], (int64_t)stack[2], (int64_t)stack[3]), 2,
+            "fdb_linear_tiled got tiles of another layer than its sizes say");
     call c = {.input = &input};
     c.products = (products){
         .kernel = input.type == FLOAT32 ? fdb_chosen->exact : fdb_chosen->integer,

@@ -8,7 +8,7 @@
  * dbllm::distillation_cpu(Tensor student, Tensor teacher, bool gradient) -> (Tensor, Tensor)
  * All inputs are contiguous. */
 #include "fdb.h"
-#include "torch_abi.h"
+#include "torch_check.h"
 
 enum { GRAIN = 1 << 16 }; /* weights: fewer are not worth waking another thread */
 
@@ -99,6 +99,27 @@ static call describe(tensor alpha, int64_t in, int64_t group_size, array* scales
     };
 }
 
+/* Whether sizes are a matrix's and those of its scales, with an offset or without. */
+static int are_sizes(const array* scales, int64_t rows, int64_t in, int64_t group_size) {
+    if (in <= 0 || group_size <= 0 || scales->dim != 3) return 0;
+    if (scales->sizes[0] != 2 && scales->sizes[0] != 3) return 0;
+    return has_sizes(scales, FLOAT32, 3,
+                     (int64_t[]){scales->sizes[0], rows, fdb_ceil_div(in, group_size)});
+}
+
+static int is_matrix(const array* x, element_type type) {
+    return x->dim == 2 && has_sizes(x, type, 2, x->sizes);
+}
+
+static int is_dense(const array* x, int64_t rows, int64_t in) {
+    return is_computed(x) && has_sizes(x, x->type, 2, (int64_t[]){rows, in});
+}
+
+static int are_planes(const array* bits, int64_t rows, int64_t in, int64_t group_size) {
+    return group_size % 8 == 0 &&
+           has_sizes(bits, UINT8, 3, (int64_t[]){2, rows, fdb_ceil_div(in, 8)});
+}
+
 static void for_all_rows(call* c, range_function function) {
     torch.parallel_for(0, c->rows, 1 + GRAIN / (c->in + 1), function, c);
 }
@@ -108,6 +129,11 @@ void latent_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     array weights, scales, cells;
     array_describe((tensor)stack[0], &weights);
     array_describe((tensor)stack[2], &cells);
+    array_describe((tensor)stack[1], &scales);
+    REQUIRE(is_matrix(&weights, FLOAT32) &&
+                are_sizes(&scales, weights.sizes[0], weights.sizes[1], (int64_t)stack[3]) &&
+                has_sizes(&cells, FLOAT32, 3, scales.sizes),
+            3, "latent_levels got latent weights, scales and cells that do not fit each other");
     call c = describe((tensor)stack[1], weights.sizes[1], (int64_t)stack[3], &scales);
     c.latent = (const float*)weights.data, c.cells = (const float*)cells.data;
     c.type = stack[4] & 1 ? BFLOAT16 : FLOAT32;
@@ -123,6 +149,11 @@ void latent_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs
     array_describe((tensor)stack[0], &dense);
     array_describe((tensor)stack[1], &weights);
     array_describe((tensor)stack[3], &cells);
+    array_describe((tensor)stack[2], &scales);
+    REQUIRE(is_matrix(&weights, FLOAT32) && is_dense(&dense, weights.sizes[0], weights.sizes[1]) &&
+                are_sizes(&scales, weights.sizes[0], weights.sizes[1], (int64_t)stack[4]) &&
+                has_sizes(&cells, FLOAT32, 3, scales.sizes),
+            4, "latent_gradients got tensors that do not fit each other");
     call c = describe((tensor)stack[2], weights.sizes[1], (int64_t)stack[4], &scales);
     c.latent = (const float*)weights.data, c.cells = (const float*)cells.data;
     c.type = dense.type, c.dense = dense.data;
@@ -139,6 +170,11 @@ void plane_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     tensor planes = (tensor)stack[0], alpha = (tensor)stack[1];
     array bits, scales;
     array_describe(planes, &bits);
+    array_describe(alpha, &scales);
+    REQUIRE(scales.dim == 3 &&
+                are_sizes(&scales, scales.sizes[1], (int64_t)stack[2], (int64_t)stack[3]) &&
+                are_planes(&bits, scales.sizes[1], (int64_t)stack[2], (int64_t)stack[3]),
+            2, "plane_levels got planes and scales that do not fit each other");
     call c = describe(alpha, (int64_t)stack[2], (int64_t)stack[3], &scales);
     c.planes = (const uint8_t*)bits.data;
     c.type = stack[4] & 1 ? BFLOAT16 : FLOAT32;
@@ -154,6 +190,11 @@ void plane_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs)
     array dense, bits, scales;
     array_describe((tensor)stack[0], &dense);
     array_describe((tensor)stack[1], &bits);
+    array_describe((tensor)stack[2], &scales);
+    REQUIRE(dense.dim == 2 && is_dense(&dense, dense.sizes[0], dense.sizes[1]) &&
+                are_sizes(&scales, dense.sizes[0], dense.sizes[1], (int64_t)stack[3]) &&
+                are_planes(&bits, dense.sizes[0], dense.sizes[1], (int64_t)stack[3]),
+            3, "plane_gradients got tensors that do not fit each other");
     call c = describe((tensor)stack[2], dense.sizes[1], (int64_t)stack[3], &scales);
     c.planes = (const uint8_t*)bits.data;
     c.type = dense.type, c.dense = dense.data;
@@ -194,6 +235,9 @@ void distillation_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
     array student, teacher;
     array_describe((tensor)stack[0], &student);
     array_describe((tensor)stack[1], &teacher);
+    REQUIRE(is_computed(&student) && is_matrix(&student, student.type) &&
+                has_sizes(&teacher, student.type, 2, student.sizes),
+            2, "distillation takes logits of two models, contiguous, of one dtype and shape");
     int wanted = stack[2] & 1;
     logits l = {
         .student = student.data,

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dbllm_cli.fdb.groups import to_groups
 from dbllm_cli.fdb.quantized import QuantizedMatrix, count_planes, stored_bits
 from dbllm_cli.llm.blocks import find_blocks, layer_shape, matrix_of
 from dbllm_cli.llm.models import LAYER_REPORT, empty_model, load_config
@@ -15,6 +16,8 @@ from dbllm_cli.records.metrics import LayerMetrics
 from dbllm_cli.store.json_file import write_json
 from dbllm_cli.tensors import TensorFolder
 
+_MANY_COARSE = 1e-3
+"""Of a layer's groups: as many as one row that an outlier has spoilt."""
 FIGURES = ("relative_error", "zeros_b1", "zeros_b2", "zeros_both", "bits_per_weight")
 
 
@@ -70,6 +73,24 @@ def over_all_layers(report: LayerReport) -> LayerMetrics:
     }
 
 
+def note_coarse_layers(report: LayerReport, progress: Progress) -> None:
+    """Tell which layers have rows whose range is too wide for the codes of their scales."""
+    names = [name for name, layer in report.items() if layer["coarse_groups"] > _MANY_COARSE]
+    if names:
+        progress.note(
+            f"{len(names)} layers, {names[0]} first, have rows whose groups differ so much in size "
+            "that small ones are stored with few digits: leave them out with --exclude, or use "
+            "--levels plain"
+        )
+
+
+def _coarse_share(quantized: QuantizedMatrix, matrix: Tensor) -> Tensor:
+    """Share of the groups whose scales have few digits; those of zeros have none to lose."""
+    used = to_groups(matrix, quantized.group_size).abs().amax(-1) > 0
+    coarse = quantized.scheme.coarse_groups(quantized.alpha)
+    return (coarse & used).to(torch.float32).mean()
+
+
 def layer_figures(
     quantized: QuantizedMatrix, matrix: Tensor, importance: Tensor | None
 ) -> dict[str, float]:
@@ -90,6 +111,7 @@ def layer_figures(
         "zeros_b2": 1 - counts.ones_b2 / counts.weights,
         "zeros_both": zeros_both / counts.weights,
         "bits_per_weight": stored_bits(quantized) / counts.weights,
+        "coarse_groups": _coarse_share(quantized, matrix),
         "weights": counts.weights,
     }
     return {key: round(float(value), 6) for key, value in figures.items()}

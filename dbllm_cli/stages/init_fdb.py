@@ -31,7 +31,12 @@ from dbllm_cli.llm.quantized_folder import (
 from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.calibration import open_calibration, require_same_model
 from dbllm_cli.records.environment import begin_or_resume, environment_here, torch_dtype
-from dbllm_cli.records.layers import over_all_layers, show_layers, write_layer_report
+from dbllm_cli.records.layers import (
+    note_coarse_layers,
+    over_all_layers,
+    show_layers,
+    write_layer_report,
+)
 from dbllm_cli.records.metrics import GptqMetrics, InitFdbMetrics
 from dbllm_cli.stages.context import Context, Result, options_from
 from dbllm_cli.stages.spec import INIT_FDB, implements
@@ -79,6 +84,7 @@ def run(
     _write_files(folder, ctx.out, config, [n for n, _ in blocks.linear_layers() if n not in layers])
     report = write_layer_report(ctx.out, folder, means, ctx.trust_remote_code)
     show_layers(report, ctx.progress)
+    note_coarse_layers(report, ctx.progress)
     overall = over_all_layers(report)
     if blocks_report is None:
         return Result(overall, environment)

@@ -128,9 +128,36 @@ def test_an_outlier_leaves_the_other_groups_of_its_row_their_levels() -> None:
     assert shares[0] < 1.3 * shares[1]
 
 
-def test_a_group_that_is_tiny_beside_its_row_does_not_vanish() -> None:
-    alpha = torch.tensor([[[1.0, 1e-5]], [[-0.5, -5e-6]], [[0.0, 0.0]]])
-    assert (OFFSET.round(alpha)[0] > 0).all()
+@pytest.mark.parametrize("times", [1e1, 1e3, 3e3, 1e4, 1e6])
+def test_a_group_that_is_tiny_beside_its_row_gets_no_more_than_its_own_energy_as_error(
+    times: float,
+) -> None:
+    matrix = torch.randn(4, 128, generator=torch.Generator().manual_seed(0)) * 0.02
+    matrix[:, 64:] *= times
+    quantized = quantize_matrix(
+        matrix, fit_scales(matrix, 64, "als", levels="offset"), 64, "offset"
+    )
+    small = quantized.dense()[:, :64] - matrix[:, :64]
+    assert small.norm() <= 1.001 * matrix[:, :64].norm()
+    # Only ranges that the codes can't hold are told of.
+    coarse = OFFSET.coarse_groups(quantized.alpha)
+    assert coarse[:, 0].all() == coarse[:, 0].any() == (times > 100)
+    assert not coarse[:, 1].any()
+
+
+def test_a_row_with_an_outlier_of_2500_standard_deviations_is_told_of() -> None:
+    matrix = torch.randn(2, 576, generator=torch.Generator().manual_seed(0)) * 0.02
+    matrix[0, 3] = 50.0
+    errors = {}
+    for name in ("offset", "plain"):
+        quantized = quantize_matrix(matrix, fit_scales(matrix, 64, "als", levels=name), 64, name)
+        rest = (quantized.dense() - matrix)[:, 64:].square().sum(-1)
+        errors[name] = rest / matrix[:, 64:].square().sum(-1)
+        coarse = quantized.scheme.coarse_groups(quantized.alpha)
+        assert coarse[0, 1:].all() == (name == "offset")
+        assert not coarse[1].any()
+    assert errors["offset"][0] > 2 * errors["plain"][0]
+    assert errors["offset"][1] < errors["plain"][1]
 
 
 def test_the_bits_of_a_code_are_the_documented_ones() -> None:

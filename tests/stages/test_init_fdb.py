@@ -10,6 +10,7 @@ from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.store import Artifact
 from tests.conftest import Workshop
+from tests.stages.conftest import Notes
 from tests.tiny_models import dequantized, planes_of
 
 LAYERS = {
@@ -169,3 +170,20 @@ def test_the_same_inputs_give_the_same_bytes(
     again = fresh.make("init-fdb", {"model": llama, "calibration": calibration})
     assert again.digest == start.digest
     assert again.path != start.path
+
+
+def test_layers_with_a_row_that_an_outlier_has_spoilt_are_told_of(
+    fresh: Workshop, llama: Artifact, tmp_path: Path
+) -> None:
+    folder = tmp_path / "outlier"
+    shutil.copytree(llama.path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    tensors[f"{name}.weight"][3, 5] = 5000.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    progress = Notes()
+    outcome = fresh.run("init-fdb", {"model": fresh.model(folder)}, progress=progress)
+    report = json.loads((outcome.artifact.path / "layers.json").read_text())
+    assert {each for each, layer in report.items() if layer["coarse_groups"] > 0} == {name}
+    (note,) = (each for each in progress.notes if "--levels plain" in each)
+    assert name in note

@@ -76,6 +76,17 @@ class Scheme(ABC):
         del scales
         return gradient
 
+    def coarse_groups(self, scales: Tensor) -> Tensor:
+        """Groups whose scales are stored with fewer digits, as others of their row are far larger.
+
+        Args:
+            scales: `[numbers, out, groups]`, rounded ones.
+
+        Returns:
+            bool `[out, groups]`.
+        """
+        return torch.zeros(scales.shape[1:], dtype=torch.bool, device=scales.device)
+
     def round(self, scales: Tensor) -> Tensor:
         """Scales projected and rounded to what is stored, as float16.
 

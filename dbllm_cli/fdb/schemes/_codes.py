@@ -27,6 +27,11 @@ LARGEST_CENTRE = _LARGEST_CENTRE_CODE * _CENTRE_STEP
 """The largest centre on either side, in units of outer."""
 
 
+def coarse_codes(codes: Tensor) -> Tensor:
+    """Where outer has fewer than 4 significant bits, as it is over 100 times below its row's."""
+    return (codes.to(torch.int32) & (_MANTISSAS * _EXPONENTS - 1)) < _MANTISSAS
+
+
 @cache
 def _outer_units(device: torch.device) -> Tensor:
     """The 64 values of outer, ascending from 0 to 960, float32; the first 8 are subnormal."""
@@ -52,8 +57,6 @@ def encode_spans(centre: Tensor, outer: Tensor, inner: Tensor) -> tuple[Tensor, 
     unit = torch.exp2(exponents.to(torch.float32)).unsqueeze(-1)
     values = _outer_units(outer.device)
     outer_code = torch.bucketize(outer / unit, (values[1:] + values[:-1]) / 2)
-    # A group that is small beside an outlier of its row must not vanish.
-    outer_code = outer_code.clamp(min=1) * (outer > 0)
     rounded = values[outer_code] * unit
     divisor = torch.where(rounded > 0, rounded, 1.0)
     inner_code = (inner / divisor * _INNER_STEPS).floor().clamp(0, _INNER_STEPS - 1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dbllm_cli.fdb.alternation import Candidate
 from dbllm_cli.fdb.schemes import Scheme, keep_orientation
-from dbllm_cli.fdb.schemes._codes import decode_spans, encode_spans
+from dbllm_cli.fdb.schemes._codes import coarse_codes, decode_spans, encode_spans
 from dbllm_cli.fdb.schemes._spans import Spans, least_squares_spans
 
 METHODS = ("als", "gptq")
@@ -69,6 +69,10 @@ class Offset(Scheme):
         """See `Scheme.expand`."""
         spans = Spans(*decode_spans(stored["alpha"][0], stored["row_exponent"]))
         return spans.scales.to(torch.float16)
+
+    def coarse_groups(self, scales: Tensor) -> Tensor:
+        """See `Scheme.coarse_groups`."""
+        return coarse_codes(self.store(scales)["alpha"][0])
 
 
 SCHEME = Offset()

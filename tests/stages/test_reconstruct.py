@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dbllm_cli.blockwise import reconstruction
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.llm.models import load_model
 from dbllm_cli.store import Artifact
@@ -208,3 +209,23 @@ def test_scales_that_float16_can_not_hold_end_the_stage(
     one_step = {"batch_size": 6, "passes": 1, "warmup_steps": 0, "beyond": {"scale_lr": 1e8}}
     with pytest.raises(StageFailedError, match="not finite in float16"):
         fresh.make("reconstruct", training, **one_step)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_latent_weights_are_drawn_back_by_the_same_share_over_a_block_whatever_the_steps(
+    fresh: Workshop,
+    training: dict[str, Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+    passes: int,
+) -> None:
+    made = reconstruction.RelativeAdamW
+    decays: list[float] = []
+
+    def watched(*arguments: Any, latent_decay: float, **options: Any) -> Any:
+        decays.append(latent_decay)
+        return made(*arguments, latent_decay=latent_decay, **options)
+
+    monkeypatch.setattr(reconstruction, "RelativeAdamW", watched)
+    fresh.make("reconstruct", training, passes=passes, batch_size=2, latent_decay=0.6)
+    steps = 3 * passes  # of six sequences
+    assert decays == pytest.approx([0.6 / steps] * 2)

@@ -59,7 +59,7 @@ def test_bfloat16_comes_close_to_float32(packed: Path) -> None:
     exact = logits_of(AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32))
     assert model.dtype == torch.bfloat16
     planes = model.model.layers[0].mlp.up_proj.quantized
-    assert (planes.weight.dtype, planes.alpha.dtype) == (torch.uint8, torch.float16)
+    assert (planes.weight.dtype, planes.scales.dtype) == (torch.uint8, torch.float16)
     error = (logits_of(model).float() - exact).norm() / exact.norm()
     assert error < 0.05
 

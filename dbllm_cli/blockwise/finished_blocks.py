@@ -64,7 +64,7 @@ class FinishedBlocks:
         """
         tensors = {f"{name}.latent": latent for name, latent in (latents or {}).items()}
         for name, matrix in layers.items():
-            tensors[f"{name}.weight"], tensors[f"{name}.alpha"] = matrix.weight, matrix.alpha
+            tensors[f"{name}.weight"], tensors[f"{name}.alpha"] = matrix.weight, matrix.scales
         keep_tensors(tensors, self.scratch / f"block-{index}.safetensors")
 
     def keep_report(self, report: BlockReport, streams: BlockStreams) -> None:
@@ -128,7 +128,7 @@ class FinishedBlocks:
             on_device = replace(
                 matrix,
                 weight=matrix.weight.to(self.model.device),
-                alpha=matrix.alpha.to(self.model.device),
+                scales=matrix.scales.to(self.model.device),
             )
             block.set_submodule(name, dense_layer(on_device, bias, self.model.dtype))
 
@@ -146,7 +146,7 @@ class FinishedBlocks:
             name = key.removesuffix(".alpha")
             full = f"{self.model.blocks.name(index)}.{name}"
             in_features, _ = layer_shape(self.model.model.get_submodule(full))
-            weight, alpha = tensors.get(f"{name}.weight"), tensors.get(key)
+            weight, scales = tensors.get(f"{name}.weight"), tensors.get(key)
             latent = tensors.get(f"{name}.latent") if f"{name}.latent" in tensors else None
-            matrix = QuantizedMatrix(weight, alpha, in_features, self.group_size, self.levels)
+            matrix = QuantizedMatrix(weight, scales, in_features, self.group_size, self.levels)
             yield name, matrix, latent

@@ -56,9 +56,9 @@ def quantize_compensated(
     if not torch.isfinite(gram).all():
         raise StageFailedError("its inputs are not finite", "use --compute-dtype float32")
     damped = _damp(gram)
-    planes, alpha, rounded = _round_columns(matrix, _inverse_root(damped), group_size, levels)
-    alpha = _refit_scales(matrix, damped, planes, alpha, group_size, levels)
-    quantized = QuantizedMatrix(pack_planes(planes), alpha, matrix.shape[-1], group_size, levels)
+    planes, scales, rounded = _round_columns(matrix, _inverse_root(damped), group_size, levels)
+    scales = _refit_scales(matrix, damped, planes, scales, group_size, levels)
+    quantized = QuantizedMatrix(pack_planes(planes), scales, matrix.shape[-1], group_size, levels)
     return Compensated(quantized, latent_start(quantized, rounded))
 
 
@@ -90,34 +90,34 @@ def _round_columns(
     rest = matrix.clone()
     in_features = matrix.shape[-1]
     planes = torch.empty(2, *matrix.shape, dtype=torch.bool, device=matrix.device)
-    scales = []
+    found = []
     for first in range(0, in_features, group_size):
         last = min(first + group_size, in_features)
         group, own = rest[:, first:last], root[first:last, first:last]
         # What an error costs after the columns that follow have taken up their part.
         importance = own.diagonal().square().reciprocal()
-        alpha = fit_scales(group, last - first, "als", importance, levels)
-        scales.append(alpha)
-        errors = _round_group(group, own, alpha, planes[:, :, first:last])
+        scales = fit_scales(group, last - first, "als", importance, levels)
+        found.append(scales)
+        errors = _round_group(group, own, scales, planes[:, :, first:last])
         rest[:, last:] -= errors @ root[first:last, last:]
-    return planes, torch.cat(scales, dim=-1), rest
+    return planes, torch.cat(found, dim=-1), rest
 
 
-def _round_group(group: Tensor, root: Tensor, alpha: Tensor, planes: Tensor) -> Tensor:
+def _round_group(group: Tensor, root: Tensor, scales: Tensor, planes: Tensor) -> Tensor:
     """Round a group's columns `[out, n]` in place; their errors, in units of the root's diagonal.
 
     Args:
         group: weights so far; each column becomes what it was when it was rounded.
         root: the group's part of the inverse root `[n, n]`.
-        alpha: `[2 or 3, out, 1]`.
+        scales: `[2 or 3, out, 1]`.
         planes: where the planes go, bool `[2, out, n]`.
     """
     errors = torch.empty_like(group)
     for column in range(group.shape[-1]):
         weights = group[:, column : column + 1]
-        codes = assign_planes(weights, alpha)
+        codes = assign_planes(weights, scales)
         planes[:, :, column : column + 1] = codes
-        difference = weights - (alpha[:2] * codes).sum(0) - alpha[2:].sum(0)
+        difference = weights - (scales[:2] * codes).sum(0) - scales[2:].sum(0)
         errors[:, column : column + 1] = difference / root[column, column]
         group[:, column + 1 :] -= errors[:, column : column + 1] * root[column, column + 1 :]
     return errors
@@ -127,7 +127,7 @@ def _refit_scales(
     matrix: Tensor,
     gram: Tensor,
     planes: Tensor,
-    alpha: Tensor,
+    scales: Tensor,
     group_size: int,
     levels: str,
 ) -> Tensor:
@@ -139,7 +139,7 @@ def _refit_scales(
         matrix: weights `[out, in]`.
         gram: damped XᵀX `[in, in]`.
         planes: bool `[2, out, in]`.
-        alpha: `[2 or 3, out, groups]`.
+        scales: `[2 or 3, out, groups]`.
         group_size: inputs that share their scales.
         levels: the scheme of levels.
 
@@ -149,27 +149,29 @@ def _refit_scales(
     width = group_count(matrix.shape[-1], group_size) * group_size
     missing = width - matrix.shape[-1]
     gram = pad(gram, (0, missing, 0, missing))
-    rows = max(1, _CHUNK_NUMBERS // (len(alpha) * width * alpha.shape[-1]))
+    rows = max(1, _CHUNK_NUMBERS // (len(scales) * width * scales.shape[-1]))
     refitted = [
         _refit_rows(pad(part, (0, missing)), to_groups(own, group_size), old, gram, levels)
         for part, own, old in zip(
-            matrix.split(rows), planes.split(rows, dim=1), alpha.split(rows, dim=1), strict=True
+            matrix.split(rows), planes.split(rows, dim=1), scales.split(rows, dim=1), strict=True
         )
     ]
     return torch.cat(refitted, dim=1)
 
 
-def _refit_rows(matrix: Tensor, planes: Tensor, alpha: Tensor, gram: Tensor, levels: str) -> Tensor:
+def _refit_rows(
+    matrix: Tensor, planes: Tensor, scales: Tensor, gram: Tensor, levels: str
+) -> Tensor:
     """As `_refit_scales`, for grouped planes `[2, out, groups, group_size]`."""
     _, rows, groups, size = planes.shape
-    scales, width = len(alpha), groups * size
-    unknowns = scales * groups
+    numbers, width = len(scales), groups * size
+    unknowns = numbers * groups
     # The offset is the scale of a plane of ones.
-    whole = torch.cat((planes, torch.ones_like(planes[: scales - 2])))
-    own = whole.to(torch.float32).permute(2, 3, 1, 0)  # [groups, size, rows, scales]
+    whole = torch.cat((planes, torch.ones_like(planes[: numbers - 2])))
+    own = whole.to(torch.float32).permute(2, 3, 1, 0)  # [groups, size, rows, numbers]
     by_group = gram.reshape(width, groups, size).transpose(0, 1)
-    # What each plane of each group adds to XᵀX times the row: [rows, width, scales · groups].
-    weighed = torch.matmul(by_group, own.flatten(2)).reshape(groups, width, rows, scales)
+    # What each plane of each group adds to XᵀX times the row: [rows, width, numbers · groups].
+    weighed = torch.matmul(by_group, own.flatten(2)).reshape(groups, width, rows, numbers)
     weighed = weighed.permute(2, 1, 3, 0).reshape(rows, width, unknowns)
     system = torch.matmul(own.permute(2, 0, 3, 1), weighed.reshape(rows, groups, size, unknowns))
     system = system.transpose(1, 2).reshape(rows, unknowns, unknowns)
@@ -177,18 +179,18 @@ def _refit_rows(matrix: Tensor, planes: Tensor, alpha: Tensor, gram: Tensor, lev
     # A plane that is empty would make its system singular.
     damping = (1e-6 * system.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp(min=1e-12)
     damped = system + damping[:, None, None] * torch.eye(unknowns, device=system.device)
-    solved = torch.linalg.solve(damped, target).reshape(rows, scales, groups).transpose(0, 1)
+    solved = torch.linalg.solve(damped, target).reshape(rows, numbers, groups).transpose(0, 1)
     scheme = open_scheme(levels)
     found = scheme.project(solved)
     fits = found.abs().amax((0, -1)) <= torch.finfo(torch.float16).max
-    found = scheme.round(torch.where(fits.unsqueeze(-1), found, alpha))
-    rounded = scheme.round(alpha)
+    found = scheme.round(torch.where(fits.unsqueeze(-1), found, scales))
+    rounded = scheme.round(scales)
     errors = [_relative_output_error(system, target, each) for each in (found, rounded)]
     return torch.where((errors[0] < errors[1]).unsqueeze(-1), found, rounded)
 
 
-def _relative_output_error(system: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+def _relative_output_error(system: Tensor, target: Tensor, scales: Tensor) -> Tensor:
     """Square error of each row's output, less what no scales change `[out]`."""
-    scales = alpha.to(torch.float32).transpose(0, 1).flatten(1).unsqueeze(-1)
-    error: Tensor = (scales.mT @ system @ scales - 2 * scales.mT @ target).flatten()
+    flat = scales.to(torch.float32).transpose(0, 1).flatten(1).unsqueeze(-1)
+    error: Tensor = (flat.mT @ system @ flat - 2 * flat.mT @ target).flatten()
     return error

@@ -36,16 +36,16 @@ class Levels(NamedTuple):
         )
 
 
-def sorted_levels(alpha: Tensor) -> Levels:
+def sorted_levels(scales: Tensor) -> Levels:
     """Levels alpha2, min(0, s), max(0, s), alpha1 with s = alpha1 + alpha2, moved by the offset.
 
     Args:
-        alpha: alpha1, not negative, alpha2, not positive, and beta where there is an offset:
+        scales: alpha1, not negative, alpha2, not positive, and beta where there is an offset:
             `[2 or 3, ...]`.
     """
-    middle = alpha[0] + alpha[1]
-    levels = Levels(alpha[1], middle.clamp(max=0), middle.clamp(min=0), alpha[0])
-    offset = offset_of(alpha)
+    middle = scales[0] + scales[1]
+    levels = Levels(scales[1], middle.clamp(max=0), middle.clamp(min=0), scales[0])
+    offset = offset_of(scales)
     return levels if offset is None else Levels(*(level + offset for level in levels))
 
 
@@ -70,22 +70,22 @@ def nearest_level(grouped: Tensor, levels: Levels) -> Tensor:
     return torch.where(grouped >= second, high, low)
 
 
-def assign_planes(grouped: Tensor, alpha: Tensor) -> Tensor:
+def assign_planes(grouped: Tensor, scales: Tensor) -> Tensor:
     """Planes of the nearest level of each weight.
 
     Args:
         grouped: weights `[..., group_size]`.
-        alpha: as `sorted_levels` takes it, `[2 or 3, ..., 1]`.
+        scales: as `sorted_levels` takes it, `[2 or 3, ..., 1]`.
 
     Returns:
         b1 and b2, bool `[2, ..., group_size]`. A group without scales has empty planes.
     """
-    first, second, third = sorted_levels(alpha).borders
+    first, second, third = sorted_levels(scales).borders
     above_first, above_second, above_third = grouped > first, grouped >= second, grouped > third
-    upright = alpha[0] + alpha[1] >= 0
+    upright = scales[0] + scales[1] >= 0
     b1 = torch.where(upright, above_second, above_third | (above_first & ~above_second))
     b2 = torch.where(upright, ~above_first | (above_second & ~above_third), ~above_second)
-    alive = (alpha[0] != 0) | (alpha[1] != 0)
+    alive = (scales[0] != 0) | (scales[1] != 0)
     return torch.stack((b1 & alive, b2 & alive))
 
 
@@ -109,7 +109,7 @@ def _passing_bounds(levels: Levels) -> tuple[Tensor, Tensor]:
     return below, above
 
 
-def clamp_to_cells(grouped: Tensor, planes: Tensor, alpha: Tensor, margin: float = 1e-3) -> Tensor:
+def clamp_to_cells(grouped: Tensor, planes: Tensor, scales: Tensor, margin: float = 1e-3) -> Tensor:
     """The weight nearest to each given one that still has the same planes.
 
     So training can start from a full-precision weight without changing a stored plane.
@@ -117,15 +117,15 @@ def clamp_to_cells(grouped: Tensor, planes: Tensor, alpha: Tensor, margin: float
     Args:
         grouped: full-precision weights `[..., group_size]`.
         planes: b1 and b2, bool `[2, ..., group_size]`.
-        alpha: as `sorted_levels` takes it, `[2 or 3, ..., 1]`.
+        scales: as `sorted_levels` takes it, `[2 or 3, ..., 1]`.
         margin: how far from a border the result stays, as a share of the cell, where an outer one
             ends with the straight-through gradient; above 0, so that rounding does not cross it.
     """
-    levels = sorted_levels(alpha)
+    levels = sorted_levels(scales)
     below, above = _passing_bounds(levels)
     edges = torch.stack((below, *levels.borders, above), dim=-1).expand(*grouped.shape, 5)
     first, second = planes.long()
-    upright = alpha[0] + alpha[1] >= 0
+    upright = scales[0] + scales[1] >= 0
     rank = torch.where(upright, 1 + 2 * first - second, 2 + first - 2 * second)
     lower = edges.gather(-1, rank.unsqueeze(-1)).squeeze(-1)
     upper = edges.gather(-1, rank.unsqueeze(-1) + 1).squeeze(-1)

@@ -18,7 +18,7 @@ class QuantizedMatrix:
 
     Attributes:
         weight: planes b1 and b2, uint8 `[2, out, ceil(in / 8)]`.
-        alpha: scales alpha1 and alpha2, and beta where there is an offset, float16
+        scales: scales alpha1 and alpha2, and beta where there is an offset, float16
             `[2 or 3, out, groups]`.
         in_features: inputs of the layer.
         group_size: inputs that share their scales.
@@ -26,7 +26,7 @@ class QuantizedMatrix:
     """
 
     weight: Tensor
-    alpha: Tensor
+    scales: Tensor
     in_features: int
     group_size: int
     levels: str = "plain"
@@ -38,7 +38,7 @@ class QuantizedMatrix:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized matrix `[out, in]`."""
-        return dequantize(self.weight, self.alpha, self.in_features, self.group_size, dtype)
+        return dequantize(self.weight, self.scales, self.in_features, self.group_size, dtype)
 
 
 @dataclass(frozen=True)
@@ -87,24 +87,24 @@ def count_planes(quantized: QuantizedMatrix) -> PlaneCounts:
 
 def stored_bits(quantized: QuantizedMatrix) -> int:
     """Bits of a layer as stored: planes, rows padded to whole bytes, and scales."""
-    return quantized.weight.numel() * 8 + quantized.scheme.stored_bits(quantized.alpha)
+    return quantized.weight.numel() * 8 + quantized.scheme.stored_bits(quantized.scales)
 
 
 def quantize_matrix(
-    matrix: Tensor, alpha: Tensor, group_size: int, levels: str = "plain"
+    matrix: Tensor, scales: Tensor, group_size: int, levels: str = "plain"
 ) -> QuantizedMatrix:
     """Round the scales to what is stored, then derive the planes once from the rounded scales.
 
     Args:
         matrix: weights or latent weights `[out, in]`.
-        alpha: scales `[2 or 3, out, groups]`.
+        scales: scales `[2 or 3, out, groups]`.
         group_size: inputs that share their scales.
         levels: the scheme of levels.
 
     Raises:
         StageFailedError: a scale is not finite in float16.
     """
-    rounded = open_scheme(levels).round(alpha)
+    rounded = open_scheme(levels).round(scales)
     packed = pack_cells(matrix, rounded, group_size)
     return QuantizedMatrix(packed, rounded, matrix.shape[-1], group_size, levels)
 
@@ -135,7 +135,7 @@ def latent_start(quantized: QuantizedMatrix, teacher: Tensor, margin: float = 1e
     """
     size = quantized.group_size
     planes = unpack_planes(quantized.weight, quantized.in_features, torch.float32).bool()
-    alpha = quantized.alpha.to(torch.float32).unsqueeze(-1)
+    scales = quantized.scales.to(torch.float32).unsqueeze(-1)
     grouped = to_groups(teacher.to(torch.float32), size)
-    clamped = clamp_to_cells(grouped, to_groups(planes, size), alpha, margin)
+    clamped = clamp_to_cells(grouped, to_groups(planes, size), scales, margin)
     return from_groups(clamped, teacher.shape[-1])

@@ -91,7 +91,7 @@ class CpuKernels:
         """Whether there is a kernel for this group size: a multiple of 32."""
         return group_size % _WORD_INPUTS == 0
 
-    def to_tiles(self, weight: Tensor, alpha: Tensor, in_features: int, group_size: int) -> Tensor:
+    def to_tiles(self, weight: Tensor, scales: Tensor, in_features: int, group_size: int) -> Tensor:
         """Planes and scales in the layout of the kernels (`csrc/fdb.h`).
 
         It takes as many bytes as they, but for rows that fill the last tile of 16 (of offsets, the
@@ -99,19 +99,18 @@ class CpuKernels:
 
         Args:
             weight: planes, uint8 `[2, out, ceil(in / 8)]` on the CPU.
-            alpha: scales, and the offset where there is one, float16 `[2 or 3, out, groups]` on the
-                CPU.
+            scales: and the offset where there is one, float16 `[2 or 3, out, groups]` on the CPU.
             in_features: inputs of the layer.
             group_size: a multiple of 32.
 
         Returns:
             uint8 `[bytes]`.
         """
-        weight, alpha = weight.contiguous(), alpha.to(torch.float16).contiguous()
+        weight, scales = weight.contiguous(), scales.to(torch.float16).contiguous()
         shape = (in_features, weight.shape[1], group_size)
         tiles = torch.zeros(self.tiles_bytes(*shape), dtype=torch.uint8, device="cpu")
-        self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 1)
-        offset = offset_of(alpha)
+        self._tile(*shape, weight.data_ptr(), scales.data_ptr(), tiles.data_ptr(), 1)
+        offset = offset_of(scales)
         return tiles if offset is None else torch.cat((tiles, _offset_blocks(offset)))
 
     def from_tiles(
@@ -123,12 +122,12 @@ class CpuKernels:
         tiles, blocks = tiles.cpu().tensor_split([length])
         weight = torch.zeros(2, out_features, row_bytes, dtype=torch.uint8, device="cpu")
         groups = -(-in_features // group_size)
-        alpha = torch.zeros(2, out_features, groups, dtype=torch.float16, device="cpu")
+        scales = torch.zeros(2, out_features, groups, dtype=torch.float16, device="cpu")
         shape = (in_features, out_features, group_size)
-        self._tile(*shape, weight.data_ptr(), alpha.data_ptr(), tiles.data_ptr(), 0)
+        self._tile(*shape, weight.data_ptr(), scales.data_ptr(), tiles.data_ptr(), 0)
         if len(blocks) > 0:
-            alpha = torch.cat((alpha, _offsets_of_blocks(blocks, out_features, groups)))
-        return weight, alpha
+            scales = torch.cat((scales, _offsets_of_blocks(blocks, out_features, groups)))
+        return weight, scales
 
 
 def _offset_blocks(beta: Tensor) -> Tensor:

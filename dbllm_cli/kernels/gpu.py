@@ -61,7 +61,7 @@ def choose_blocks(rows: int, dtype: torch.dtype) -> Blocks:
 def fdb_linear_gpu(
     x: Tensor,
     weight: Tensor,
-    alpha: Tensor,
+    scales: Tensor,
     bias: Tensor | None,
     group_size: int,
     blocks: Blocks | None = None,
@@ -71,7 +71,7 @@ def fdb_linear_gpu(
     Args:
         x: input, float32, bfloat16 or float16 `[..., in]`, with any strides.
         weight: planes b1 and b2, uint8 `[2, out, ceil(in / 8)]`, least significant bit first.
-        alpha: scales alpha1 and alpha2, and the offset beta where there is one, floating
+        scales: scales alpha1 and alpha2, and the offset beta where there is one, floating
             `[2 or 3, out, groups]`.
         bias: `[out]`, or None.
         group_size: inputs that share their scales, a multiple of 8; the last group may be shorter.
@@ -88,7 +88,7 @@ def fdb_linear_gpu(
     groups = -(-in_features // group_size)
     for name, tensor, shape in (
         ("planes", weight, (2, out_features, -(-in_features // 8))),
-        ("scales", alpha, (2 if offset_of(alpha) is None else 3, out_features, groups)),
+        ("scales", scales, (2 if offset_of(scales) is None else 3, out_features, groups)),
         ("a bias", bias, (out_features,)),
     ):
         if tensor is not None and (tensor.shape != shape or tensor.device != x.device):
@@ -103,7 +103,9 @@ def fdb_linear_gpu(
     if result.numel():
         blocks = blocks or choose_blocks(len(flat), x.dtype)
         with torch.cuda.device_of(flat):
-            _launch(result, flat, weight.contiguous(), alpha.contiguous(), bias, group_size, blocks)
+            _launch(
+                result, flat, weight.contiguous(), scales.contiguous(), bias, group_size, blocks
+            )
     return result.view(*x.shape[:-1], out_features)
 
 
@@ -111,7 +113,7 @@ def _launch(
     result: Tensor,
     x: Tensor,
     weight: Tensor,
-    alpha: Tensor,
+    scales: Tensor,
     bias: Tensor | None,
     group_size: int,
     blocks: Blocks,
@@ -127,20 +129,20 @@ def _launch(
         result,
         x,
         words,
-        alpha,
+        scales,
         None if bias is None else bias.contiguous(),
         rows,
         in_features,
         out_features,
         words.shape[-1],
-        alpha.shape[-1],
+        scales.shape[-1],
         # Whole planes are beyond 32 bits in a large layer: Triton takes these as 64 bits then.
         words.shape[1] * words.shape[2],
-        alpha.shape[1] * alpha.shape[2],
+        scales.shape[1] * scales.shape[2],
         bits=bits,
         group_words=group_size // bits,
         whole=in_features % blocks.inputs == 0,
-        offset=offset_of(alpha) is not None,
+        offset=offset_of(scales) is not None,
         block_rows=blocks.rows,
         block_out=blocks.outputs,
         block_words=blocks.inputs // bits,
@@ -158,7 +160,7 @@ def _load(pointers: tl.tensor, inside: tl.tensor, whole: tl.constexpr) -> tl.ten
 @triton.jit  # type: ignore[untyped-decorator]
 def _unpack(
     weight: tl.tensor,
-    alpha: tl.tensor,
+    scales: tl.tensor,
     output: tl.tensor,
     word: tl.tensor,
     row_words: tl.tensor,
@@ -179,7 +181,7 @@ def _unpack(
     at = weight + output[:, None] * row_words + word[None, :]
     words1 = _load(at, inside, whole)
     words2 = _load(at + plane_words, inside, whole)
-    at = alpha + output[:, None] * groups + (word // group_words)[None, :]
+    at = scales + output[:, None] * groups + (word // group_words)[None, :]
     scales1 = _load(at, inside, whole).to(tl.float32)
     scales2 = _load(at + plane_groups, inside, whole).to(tl.float32)
     shift = tl.arange(0, bits)[:, None, None]
@@ -216,7 +218,7 @@ def _decode(
     result: tl.tensor,
     x: tl.tensor,
     weight: tl.tensor,
-    alpha: tl.tensor,
+    scales: tl.tensor,
     bias: tl.tensor,
     rows: tl.tensor,
     in_features: tl.tensor,
@@ -247,7 +249,7 @@ def _decode(
         at = x + read_row[:, None, None] * in_features + column[None, :, :]
         inputs = _load(at, (column < in_features)[None, :, :], whole).to(tl.float32)
         weights = _unpack(
-            weight, alpha, read_output, word, row_words, groups, plane_words, plane_groups,
+            weight, scales, read_output, word, row_words, groups, plane_words, plane_groups,
             bits, group_words, whole, offset,
         )  # fmt: skip
         partial += tl.sum(inputs[:, :, None, :] * weights[None, :, :, :], 1)
@@ -259,7 +261,7 @@ def _prefill(
     result: tl.tensor,
     x: tl.tensor,
     weight: tl.tensor,
-    alpha: tl.tensor,
+    scales: tl.tensor,
     bias: tl.tensor,
     rows: tl.tensor,
     in_features: tl.tensor,
@@ -288,7 +290,7 @@ def _prefill(
         at = x + read_row[:, None] * in_features + column[None, :]
         inputs = _load(at, (column < in_features)[None, :], whole)
         weights = _unpack(
-            weight, alpha, read_output, start + tl.arange(0, block_words), row_words, groups,
+            weight, scales, read_output, start + tl.arange(0, block_words), row_words, groups,
             plane_words, plane_groups, bits, group_words, whole, offset,
         )  # fmt: skip
         weights = tl.permute(weights.to(x.dtype.element_ty), (2, 0, 1))

@@ -21,14 +21,14 @@ from dbllm_cli.machine.cpu_library import REFERENCE, VARIABLE
 
 @torch.library.custom_op("dbllm::fdb_linear", mutates_args=())
 def fdb_linear(
-    x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """The product of a packed layer: `y = alpha1·(b1 x) + alpha2·(b2 x) + beta·(1 x) + bias`.
 
     Args:
         x: input, float32, bfloat16 or float16 `[..., in]`.
         weight: planes b1 and b2, uint8 `[2, out, ceil(in / 8)]`, least significant bit first.
-        alpha: scales alpha1 and alpha2, and the offset beta where there is one, floating
+        scales: scales alpha1 and alpha2, and the offset beta where there is one, floating
             `[2 or 3, out, groups]`.
         bias: `[out]` of x's dtype, or None.
         group_size: inputs that share their scales; the last group may be shorter.
@@ -36,25 +36,25 @@ def fdb_linear(
     Returns:
         `[..., out]` of x's dtype.
     """
-    return fdb_linear_reference(x, weight, alpha, bias, group_size)
+    return fdb_linear_reference(x, weight, scales, bias, group_size)
 
 
 @fdb_linear.register_fake
 def _fdb_linear_shape(
-    x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]))
 
 
 @fdb_linear.register_kernel("cuda")
 def _fdb_linear_on_gpu(
-    x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     if x.dtype not in TILED_DTYPES or not has_gpu_kernel(x.device):
-        return fdb_linear_reference(x, weight, alpha, bias, group_size)
+        return fdb_linear_reference(x, weight, scales, bias, group_size)
     from dbllm_cli.kernels.gpu import fdb_linear_gpu
 
-    return fdb_linear_gpu(x, weight, alpha, bias, group_size)
+    return fdb_linear_gpu(x, weight, scales, bias, group_size)
 
 
 @cache
@@ -71,18 +71,18 @@ def has_gpu_kernel(device: torch.device) -> bool:
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, alpha, bias, group_size = inputs
-    ctx.save_for_backward(weight, alpha)
+    x, weight, scales, bias, group_size = inputs
+    ctx.save_for_backward(weight, scales)
     ctx.group_size = group_size
     ctx.in_features = x.shape[-1]
     ctx.has_bias = bias is not None
 
 
 def _gradient_to_inputs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, alpha = ctx.saved_tensors
+    weight, scales = ctx.saved_tensors
     dense = dequantize(
         weight,
-        alpha,
+        scales,
         ctx.in_features,
         ctx.group_size,
         grad.dtype,
@@ -157,8 +157,8 @@ def _dense_of_tiles(tiles: Tensor, in_features: int, out_features: int, group_si
     """The dequantized matrix, float32 `[out, in]`; an operator, so that compilers don't enter."""
     kernels = cpu_kernels()
     assert kernels is not None
-    weight, alpha = kernels.from_tiles(tiles, in_features, out_features, group_size)
-    return dequantize(weight, alpha, in_features, group_size, torch.float32).contiguous()
+    weight, scales = kernels.from_tiles(tiles, in_features, out_features, group_size)
+    return dequantize(weight, scales, in_features, group_size, torch.float32).contiguous()
 
 
 @_dense_of_tiles.register_fake

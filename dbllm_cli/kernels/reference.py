@@ -7,13 +7,13 @@ from dbllm_cli.kernels.packing import unpack_planes
 
 
 def dequantize(
-    weight: Tensor, alpha: Tensor, in_features: int, group_size: int, dtype: torch.dtype
+    weight: Tensor, scales: Tensor, in_features: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """The dense matrix `alpha1·b1 + alpha2·b2` (DB-LLM, eq. of Flexible Dual Binarization), + beta.
 
     Args:
         weight: planes, uint8 `[2, out, ceil(in_features / 8)]`.
-        alpha: scales, and the offset beta where there is one, floating `[2 or 3, out, groups]`.
+        scales: scales, and the offset beta where there is one, floating `[2 or 3, out, groups]`.
         in_features: inputs of the layer.
         group_size: inputs that share their scales; the last group may be shorter.
         dtype: dtype of the result; sums are made in float32 and rounded once.
@@ -21,23 +21,23 @@ def dequantize(
     Returns:
         `[out, in_features]`.
     """
-    out_features, groups = alpha.shape[1:]
+    out_features, groups = scales.shape[1:]
     padded = weight.shape[-1] * 8
     planes = unpack_planes(weight, padded, torch.float32)
     if padded != groups * group_size:
         planes = torch.nn.functional.pad(planes, (0, groups * group_size - padded))
-    dense = levels_of(planes.view(2, out_features, groups, group_size), alpha)
+    dense = levels_of(planes.view(2, out_features, groups, group_size), scales)
     return dense.to(dtype).view(out_features, -1)[:, :in_features]
 
 
-def levels_of(grouped: Tensor, alpha: Tensor) -> Tensor:
+def levels_of(grouped: Tensor, scales: Tensor) -> Tensor:
     """The level of every weight, float32 `[out, groups, group_size]`.
 
     Args:
         grouped: planes as numbers, float32 `[2, out, groups, group_size]`.
-        alpha: as `dequantize` takes it.
+        scales: as `dequantize` takes it.
     """
-    scales = alpha.to(torch.float32).unsqueeze(-1)
+    scales = scales.to(torch.float32).unsqueeze(-1)
     dense = torch.addcmul(grouped[0] * scales[0], grouped[1], scales[1])
     offset = offset_of(scales)
     return dense if offset is None else dense.add_(offset)
@@ -49,8 +49,8 @@ def offset_of(scales: Tensor) -> Tensor | None:
 
 
 def fdb_linear_reference(
-    x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None, group_size: int
+    x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """See `dbllm_cli.kernels.operator.fdb_linear`."""
-    dense = dequantize(weight, alpha, x.shape[-1], group_size, x.dtype)
+    dense = dequantize(weight, scales, x.shape[-1], group_size, x.dtype)
     return torch.nn.functional.linear(x, dense, bias)

@@ -119,7 +119,7 @@ def _is_alpha(name: str) -> bool:
 
 def layer_tensors(name: str, quantized: QuantizedMatrix) -> list[tuple[str, Tensor]]:
     """A layer's tensors under the names that packed models store."""
-    stored = {"weight": quantized.weight} | quantized.scheme.store(quantized.alpha)
+    stored = {"weight": quantized.weight} | quantized.scheme.store(quantized.scales)
     return [(f"{name}.{part}", tensor) for part, tensor in stored.items()]
 
 

@@ -87,7 +87,7 @@ def note_coarse_layers(report: LayerReport, progress: Progress) -> None:
 def _coarse_share(quantized: QuantizedMatrix, matrix: Tensor) -> Tensor:
     """Share of the groups whose scales have few digits; those of zeros have none to lose."""
     used = to_groups(matrix, quantized.group_size).abs().amax(-1) > 0
-    coarse = quantized.scheme.coarse_groups(quantized.alpha)
+    coarse = quantized.scheme.coarse_groups(quantized.scales)
     return (coarse & used).to(torch.float32).mean()
 
 

@@ -123,9 +123,9 @@ def _quantize(
     name: str, matrix: Tensor, config: InitFdbConfig, importance: Tensor | None
 ) -> QuantizedMatrix:
     on_device = None if importance is None else importance.to(matrix.device)
-    alpha = fit_scales(matrix, config.group_size, config.method, on_device, config.levels)
+    scales = fit_scales(matrix, config.group_size, config.method, on_device, config.levels)
     with names_layer(name):
-        return quantize_matrix(matrix, alpha, config.group_size, config.levels)
+        return quantize_matrix(matrix, scales, config.group_size, config.levels)
 
 
 def _write_tensors(

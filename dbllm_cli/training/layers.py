@@ -33,12 +33,12 @@ from dbllm_cli.kernels import (
 )
 
 
-def _scale_gradients(grad: Tensor, planes: Tensor, alpha: Tensor, group_size: int) -> Tensor:
+def _scale_gradients(grad: Tensor, planes: Tensor, scales: Tensor, group_size: int) -> Tensor:
     grouped = to_groups(grad.to(torch.float32), group_size)
     sums = [(grouped * plane).sum(-1) for plane in planes]
-    if offset_of(alpha) is not None:
+    if offset_of(scales) is not None:
         # A group without levels stays without them.
-        sums.append(grouped.sum(-1) * ((alpha[0] != 0) | (alpha[1] != 0)))
+        sums.append(grouped.sum(-1) * ((scales[0] != 0) | (scales[1] != 0)))
     return torch.stack(sums)
 
 
@@ -49,28 +49,28 @@ class _LatentWeight(torch.autograd.Function):
     def forward(
         ctx: Any,
         latent: Tensor,
-        alpha: Tensor,
+        scales: Tensor,
         cells: Tensor,
         group_size: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(latent, alpha, cells)
+        ctx.save_for_backward(latent, scales, cells)
         ctx.group_size = group_size
-        if can_round_latents(latent, alpha, dtype):
-            return latent_levels(latent, alpha, cells, group_size, dtype)
+        if can_round_latents(latent, scales, dtype):
+            return latent_levels(latent, scales, cells, group_size, dtype)
         planes = assign_planes(to_groups(latent, group_size), cells.unsqueeze(-1)).float()
-        return from_groups(levels_of(planes, alpha), latent.shape[-1]).to(dtype)
+        return from_groups(levels_of(planes, scales), latent.shape[-1]).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        latent, alpha, cells = ctx.saved_tensors
-        if can_round_latents(latent, alpha, grad.dtype):
-            return *latent_gradients(grad, latent, alpha, cells, ctx.group_size), None, None, None
+        latent, scales, cells = ctx.saved_tensors
+        if can_round_latents(latent, scales, grad.dtype):
+            return *latent_gradients(grad, latent, scales, cells, ctx.group_size), None, None, None
         grouped = to_groups(latent, ctx.group_size)
         planes = assign_planes(grouped, cells.unsqueeze(-1))
         passes = straight_through_mask(grouped, sorted_levels(cells.unsqueeze(-1)))
         to_latent = grad.to(torch.float32) * from_groups(passes, grad.shape[-1])
-        return to_latent, _scale_gradients(grad, planes, alpha, ctx.group_size), None, None, None
+        return to_latent, _scale_gradients(grad, planes, scales, ctx.group_size), None, None, None
 
 
 class _ScaledPlanes(torch.autograd.Function):
@@ -80,36 +80,36 @@ class _ScaledPlanes(torch.autograd.Function):
     def forward(
         ctx: Any,
         packed: Tensor,
-        alpha: Tensor,
+        scales: Tensor,
         in_features: int,
         group_size: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.save_for_backward(packed, alpha)
+        ctx.save_for_backward(packed, scales)
         ctx.in_features, ctx.group_size = in_features, group_size
-        if can_scale_planes(alpha, group_size, dtype):
-            return plane_levels(packed, alpha, in_features, group_size, dtype)
-        return dequantize(packed, alpha, in_features, group_size, dtype)
+        if can_scale_planes(scales, group_size, dtype):
+            return plane_levels(packed, scales, in_features, group_size, dtype)
+        return dequantize(packed, scales, in_features, group_size, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None, None]:
-        packed, alpha = ctx.saved_tensors
-        if can_scale_planes(alpha, ctx.group_size, grad.dtype):
-            return None, plane_gradients(grad, packed, alpha, ctx.group_size), None, None, None
+        packed, scales = ctx.saved_tensors
+        if can_scale_planes(scales, ctx.group_size, grad.dtype):
+            return None, plane_gradients(grad, packed, scales, ctx.group_size), None, None, None
         planes = to_groups(unpack_planes(packed, ctx.in_features, torch.float32), ctx.group_size)
-        return None, _scale_gradients(grad, planes, alpha, ctx.group_size), None, None, None
+        return None, _scale_gradients(grad, planes, scales, ctx.group_size), None, None, None
 
 
 class _RoundedScales(torch.autograd.Function):
     """Scales as they are stored; the gradient passes as it is."""
 
     @staticmethod
-    def forward(ctx: Any, alpha: Tensor, scheme: Scheme) -> Tensor:
+    def forward(ctx: Any, scales: Tensor, scheme: Scheme) -> Tensor:
         del ctx
-        if not alpha.to(torch.float16).isfinite().all():
+        if not scales.to(torch.float16).isfinite().all():
             # A code would be finite again: the loss is to tell.
-            return alpha.clone()
-        return scheme.round(alpha).to(torch.float32)
+            return scales.clone()
+        return scheme.round(scales).to(torch.float32)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -118,7 +118,7 @@ class _RoundedScales(torch.autograd.Function):
 
 
 class TrainableLinear(nn.Module):
-    """Base of both layers that train: `alpha` float32 `[2 or 3, out, groups]`, a frozen bias."""
+    """Base of both layers that train: `scales` float32 `[2 or 3, out, groups]`, a frozen bias."""
 
     def __init__(self, quantized: QuantizedMatrix, bias: Tensor | None) -> None:
         super().__init__()
@@ -127,30 +127,30 @@ class TrainableLinear(nn.Module):
         self.levels = quantized.levels
         self.scheme = quantized.scheme
         self.rounds_scales = self.scheme.trains_rounded
-        self.alpha = nn.Parameter(quantized.alpha.to(torch.float32))
-        self.alpha.register_hook(self._scheme_gradient)
+        self.scales = nn.Parameter(quantized.scales.to(torch.float32))
+        self.scales.register_hook(self._scheme_gradient)
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def _scheme_gradient(self, grad: Tensor) -> Tensor:
-        return self.scheme.train_gradient(self.alpha, grad)
+        return self.scheme.train_gradient(self.scales, grad)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix `[out, in]`, with gradients."""
-        return self._dense(self.rounded_scales() if self.rounds_scales else self.alpha, dtype)
+        return self._dense(self.rounded_scales() if self.rounds_scales else self.scales, dtype)
 
     @torch.no_grad()
     def quantize(self) -> QuantizedMatrix:
         """What is stored: scales rounded, and their planes."""
-        alpha = self.scheme.round(self.alpha)
-        planes = self._planes(alpha)
-        return QuantizedMatrix(planes, alpha, self.in_features, self.group_size, self.levels)
+        scales = self.scheme.round(self.scales)
+        planes = self._planes(scales)
+        return QuantizedMatrix(planes, scales, self.in_features, self.group_size, self.levels)
 
-    def _dense(self, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    def _dense(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix of these scales."""
         raise NotImplementedError
 
-    def _planes(self, alpha: Tensor) -> Tensor:
+    def _planes(self, scales: Tensor) -> Tensor:
         """The packed planes that go with these scales."""
         raise NotImplementedError
 
@@ -162,13 +162,13 @@ class TrainableLinear(nn.Module):
 
     def rounded_scales(self) -> Tensor:
         """The scales as `quantize` rounds them, float32; the gradient passes."""
-        rounded: Tensor = _RoundedScales.apply(self.alpha, self.scheme)
+        rounded: Tensor = _RoundedScales.apply(self.scales, self.scheme)
         return rounded
 
     @torch.no_grad()
     def project(self) -> None:
         """Bring the scales back to what a group may have, after every step."""
-        self.alpha.copy_(self.scheme.project(self.alpha, self._upright()))
+        self.scales.copy_(self.scheme.project(self.scales, self._upright()))
 
     def _upright(self) -> Tensor | None:
         """Which orientation the levels must keep, bool `[out, groups]`; None where either will do.
@@ -201,25 +201,25 @@ class LatentLinear(TrainableLinear):
         # The fused optimizer goes through memory as if every parameter were contiguous.
         self.latent = nn.Parameter(latent.to(torch.float32).contiguous())
         self.cells: Tensor | None
-        self.register_buffer("cells", self.alpha.detach().clone() if fixed_cells else None)
+        self.register_buffer("cells", self.scales.detach().clone() if fixed_cells else None)
 
-    def _dense(self, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    def _dense(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
         result: Tensor = _LatentWeight.apply(
-            self.latent, alpha, self._cells(alpha), self.group_size, dtype
+            self.latent, scales, self._cells(scales), self.group_size, dtype
         )
         return result
 
-    def _planes(self, alpha: Tensor) -> Tensor:
-        return pack_cells(self.latent, self._cells(alpha), self.group_size)
+    def _planes(self, scales: Tensor) -> Tensor:
+        return pack_cells(self.latent, self._cells(scales), self.group_size)
 
     def _upright(self) -> Tensor | None:
         return None if self.cells is None else self.cells[0] + self.cells[1] >= 0
 
-    def _cells(self, alpha: Tensor) -> Tensor:
+    def _cells(self, scales: Tensor) -> Tensor:
         if self.cells is None:
-            return alpha.detach()
+            return scales.detach()
         # A group that lost its levels has no cells either.
-        return self.cells * ((alpha[0] != 0) | (alpha[1] != 0))
+        return self.cells * ((scales[0] != 0) | (scales[1] != 0))
 
 
 class ScaleLinear(TrainableLinear):
@@ -230,12 +230,12 @@ class ScaleLinear(TrainableLinear):
         self.packed: Tensor
         self.register_buffer("packed", quantized.weight)
 
-    def _dense(self, alpha: Tensor, dtype: torch.dtype) -> Tensor:
+    def _dense(self, scales: Tensor, dtype: torch.dtype) -> Tensor:
         result: Tensor = _ScaledPlanes.apply(
-            self.packed, alpha, self.in_features, self.group_size, dtype
+            self.packed, scales, self.in_features, self.group_size, dtype
         )
         return result
 
-    def _planes(self, alpha: Tensor) -> Tensor:
-        del alpha
+    def _planes(self, scales: Tensor) -> Tensor:
+        del scales
         return self.packed

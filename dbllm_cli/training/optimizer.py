@@ -63,8 +63,8 @@ class RelativeAdamW:
         }
         groups = []
         for name, layer in layers.items():
-            size = float(layer.alpha[0].detach().abs().mean())
-            groups.append(_group(f"{name}.alpha", layer.alpha, scale_lr * size))
+            size = float(layer.scales[0].detach().abs().mean())
+            groups.append(_group(f"{name}.alpha", layer.scales, scale_lr * size))
             if isinstance(layer, LatentLinear):
                 groups.append(_group(f"{name}.latent", layer.latent, latent_lr * size))
         sizes = _sizes(others or {})

@@ -42,7 +42,7 @@ def latent_layer(
     """
     device = teacher.device
     on_device = replace(
-        quantized, weight=quantized.weight.to(device), alpha=quantized.alpha.to(device)
+        quantized, weight=quantized.weight.to(device), scales=quantized.scales.to(device)
     )
     latent = student.latent(name, on_device, teacher).to(device)
     if fixed_cells:
@@ -151,11 +151,11 @@ def as_stored(
         dtype: what these are stored in.
     """
     layers, others = list(layers), list(others)
-    exact = [(each, each.data) for each in (*others, *(layer.alpha for layer in layers))]
+    exact = [(each, each.data) for each in (*others, *(layer.scales for layer in layers))]
     for parameter in others:
         parameter.data = parameter.data.to(dtype).to(parameter.dtype)
     for layer in layers:
-        layer.alpha.data = layer.rounded_scales().detach()
+        layer.scales.data = layer.rounded_scales().detach()
     try:
         yield
     finally:

@@ -70,9 +70,9 @@ def _compensated_columns(matrix: Tensor, gram: Tensor, alpha: Tensor) -> np.ndar
 def test_latent_weights_have_the_stored_codes(levels: str) -> None:
     matrix, tokens = _layer(100, 12)
     quantized, latent = quantize_compensated(matrix, tokens.T @ tokens, 32, levels)
-    again = quantize_matrix(latent, quantized.alpha.float(), 32, levels)
+    again = quantize_matrix(latent, quantized.scales.float(), 32, levels)
     assert torch.equal(again.weight, quantized.weight)
-    assert torch.equal(again.alpha, quantized.alpha)
+    assert torch.equal(again.scales, quantized.scales)
 
 
 def test_latent_weights_are_what_was_rounded() -> None:
@@ -129,9 +129,9 @@ def test_no_other_scales_serve_the_planes_better(levels: str) -> None:
 def test_scales_keep_their_signs_and_padding_is_zero() -> None:
     matrix, tokens = _layer(172, 20)
     found = quantize_compensated(matrix, tokens.T @ tokens, 64).quantized
-    assert (found.alpha[0] >= 0).all()
-    assert (found.alpha[1] <= 0).all()
-    assert found.alpha.dtype == torch.float16
+    assert (found.scales[0] >= 0).all()
+    assert (found.scales[1] <= 0).all()
+    assert found.scales.dtype == torch.float16
     assert not (found.weight[..., -1] >> 4).any()
 
 
@@ -148,7 +148,7 @@ def test_equal_inputs_give_equal_bytes() -> None:
     (first, latent), (second, same) = found
     assert torch.equal(latent, same)
     assert torch.equal(first.weight, second.weight)
-    assert torch.equal(first.alpha, second.alpha)
+    assert torch.equal(first.scales, second.scales)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-12])

@@ -35,7 +35,7 @@ def test_training_starts_at_the_teacher_s_weights_where_a_scale_is_zero() -> Non
 def test_training_from_another_matrix_starts_with_the_stored_planes() -> None:
     quantized = _quantized(_normal(8, 172))
     start = latent_start(quantized, _normal(8, 172, seed=9))
-    again = quantize_matrix(start, quantized.alpha, 64)
+    again = quantize_matrix(start, quantized.scales, 64)
     assert torch.equal(again.weight, quantized.weight)
 
 
@@ -43,9 +43,9 @@ def test_training_can_start_away_from_the_borders_between_the_cells() -> None:
     quantized = _quantized(_normal(8, 172), "offset")
     start = latent_start(quantized, _normal(8, 172, seed=9), margin=0.2)
     assert torch.equal(
-        quantize_matrix(start, quantized.alpha, 64, "offset").weight, quantized.weight
+        quantize_matrix(start, quantized.scales, 64, "offset").weight, quantized.weight
     )
-    alpha1, alpha2, beta = quantized.alpha.double().repeat_interleave(64, -1)[..., :172]
+    alpha1, alpha2, beta = quantized.scales.double().repeat_interleave(64, -1)[..., :172]
     levels = torch.stack((alpha2, alpha1 * 0, alpha1 + alpha2, alpha1)).sort(0).values + beta
     borders = (levels[1:] + levels[:-1]) / 2
     # An outer cell is as wide as the step between its level and the next.
@@ -65,12 +65,12 @@ def test_latent_weights_kept_for_stored_scales_give_the_stored_planes() -> None:
     quantized = _quantized(_normal(8, 172), "offset")
     layer = LatentLinear(quantized, _normal(8, 172, seed=9), None, fixed_cells=True)
     with torch.no_grad():
-        layer.alpha.mul_(1.3)
-        layer.alpha[2] += 0.1
+        layer.scales.mul_(1.3)
+        layer.scales[2] += 0.1
         layer.latent.add_(0.05)
     layer.project()
     stored = layer.quantize()
     kept = latent_start(stored, layer.latent.detach())
-    again = quantize_matrix(kept, stored.alpha, 64, "offset")
+    again = quantize_matrix(kept, stored.scales, 64, "offset")
     assert torch.equal(again.weight, stored.weight)
-    assert torch.equal(again.alpha, stored.alpha)
+    assert torch.equal(again.scales, stored.scales)

@@ -77,7 +77,7 @@ _STORED = {
 
 
 def _stored(quantized: QuantizedMatrix) -> dict[str, Tensor]:
-    return {"weight": quantized.weight} | quantized.scheme.store(quantized.alpha)
+    return {"weight": quantized.weight} | quantized.scheme.store(quantized.scales)
 
 
 @pytest.mark.parametrize("levels", ["tied", "offset"])
@@ -91,7 +91,7 @@ def test_a_layer_runs_on_stored_scales_and_saves_what_it_read(
     stored = _stored(quantized)
     assert {name: tensor.dtype for name, tensor in stored.items()} == _STORED[levels]
     assert stored["alpha"].shape == (1, 5, 3)
-    dense = dequantize(quantized.weight, quantized.alpha, 172, 64, torch.float32)
+    dense = dequantize(quantized.weight, quantized.scales, 172, 64, torch.float32)
     layer = FdbLinear(172, 5, 64, levels=levels)
     layer.load_state_dict(stored)
     if tiled:
@@ -125,7 +125,7 @@ def test_codes_and_exponents_may_come_from_two_shards(first: str, tiled: bool) -
         layer.load_state_dict({first: stored[first]}, strict=False)
         rest = {name: tensor for name, tensor in stored.items() if name != first}
         layer.load_state_dict(rest, strict=False)
-        assert torch.equal(layer.quantized.alpha, quantized.alpha)
+        assert torch.equal(layer.quantized.scales, quantized.scales)
     assert (used.tiles is not None) == (tiled and cpu_kernels() is not None)
 
 
@@ -146,7 +146,7 @@ def _inputs(*batch: int) -> Tensor:
 
 def _holds_the_same(layer: FdbLinear, other: FdbLinear) -> bool:
     planes, stored = layer.quantized, other.quantized
-    return torch.equal(planes.weight, stored.weight) and torch.equal(planes.alpha, stored.alpha)
+    return torch.equal(planes.weight, stored.weight) and torch.equal(planes.scales, stored.scales)
 
 
 @pytest.mark.parametrize("bias", [True, False])

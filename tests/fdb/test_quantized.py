@@ -37,7 +37,7 @@ def test_the_dense_matrix_is_the_sum_of_scaled_planes_and_the_offset(
 ) -> None:
     quantized = _quantized(_matrix(3, inputs), group_size, levels)
     bits = np.unpackbits(quantized.weight.numpy(), axis=-1, bitorder="little")[..., :inputs]
-    expected = dense(bits.astype(np.float64), quantized.alpha.double().numpy(), group_size)
+    expected = dense(bits.astype(np.float64), quantized.scales.double().numpy(), group_size)
     assert np.allclose(quantized.dense().double().numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
@@ -47,7 +47,7 @@ def test_scales_are_rounded_to_float16_before_the_planes_are_derived() -> None:
     assert float(torch.tensor(scale).half()) == 1.0
     alpha = torch.tensor([[[scale]], [[-3.0]]])
     quantized = quantize_matrix(torch.full((1, 8), weight), alpha, 8)
-    assert quantized.alpha.dtype == torch.float16
+    assert quantized.scales.dtype == torch.float16
     assert float(quantized.dense()[0, 0]) == 1.0
 
 
@@ -55,7 +55,7 @@ def test_scales_are_rounded_to_float16_before_the_planes_are_derived() -> None:
 def test_every_weight_is_at_the_level_nearest_under_the_stored_scales(levels: str) -> None:
     matrix = _matrix(4, 172)
     quantized = _quantized(matrix, levels=levels)
-    alpha = quantized.alpha.double()
+    alpha = quantized.scales.double()
     distances = (quantized.dense().double() - matrix.double()).abs()
     for row, column in ((r, c) for r in range(4) for c in range(172)):
         scale1, scale2, *beta = alpha[:, row, column // 64].tolist()
@@ -75,9 +75,9 @@ def test_an_all_zero_group_stays_zero(levels: str) -> None:
 @_EACH_KIND
 def test_quantizing_the_dense_matrix_again_changes_nothing(levels: str) -> None:
     quantized = _quantized(_matrix(4, 172), levels=levels)
-    again = quantize_matrix(quantized.dense(), quantized.alpha, 64, levels)
+    again = quantize_matrix(quantized.dense(), quantized.scales, 64, levels)
     assert torch.equal(again.weight, quantized.weight)
-    assert torch.equal(again.alpha, quantized.alpha)
+    assert torch.equal(again.scales, quantized.scales)
 
 
 def test_codes_are_counted_without_the_padding_of_rows() -> None:

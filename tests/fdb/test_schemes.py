@@ -140,7 +140,7 @@ def test_a_group_that_is_tiny_beside_its_row_gets_no_more_than_its_own_energy_as
     small = quantized.dense()[:, :64] - matrix[:, :64]
     assert small.norm() <= 1.001 * matrix[:, :64].norm()
     # Only ranges that the codes can't hold are told of.
-    coarse = OFFSET.coarse_groups(quantized.alpha)
+    coarse = OFFSET.coarse_groups(quantized.scales)
     assert coarse[:, 0].all() == coarse[:, 0].any() == (times > 100)
     assert not coarse[:, 1].any()
 
@@ -153,7 +153,7 @@ def test_a_row_with_an_outlier_of_2500_standard_deviations_is_told_of() -> None:
         quantized = quantize_matrix(matrix, fit_scales(matrix, 64, "als", levels=name), 64, name)
         rest = (quantized.dense() - matrix)[:, 64:].square().sum(-1)
         errors[name] = rest / matrix[:, 64:].square().sum(-1)
-        coarse = quantized.scheme.coarse_groups(quantized.alpha)
+        coarse = quantized.scheme.coarse_groups(quantized.scales)
         assert coarse[0, 1:].all() == (name == "offset")
         assert not coarse[1].any()
     assert errors["offset"][0] > 2 * errors["plain"][0]

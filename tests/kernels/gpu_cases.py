@@ -31,13 +31,13 @@ class Case(NamedTuple):
 class Layer(NamedTuple):
     x: Tensor
     weight: Tensor
-    alpha: Tensor
+    scales: Tensor
     bias: Tensor | None
     group_size: int
 
     def to(self, device: str) -> "Layer":
         bias = None if self.bias is None else self.bias.to(device)
-        x, weight, alpha = (part.to(device) for part in (self.x, self.weight, self.alpha))
+        x, weight, alpha = (part.to(device) for part in (self.x, self.weight, self.scales))
         return Layer(x, weight, alpha, bias, self.group_size)
 
 
@@ -117,7 +117,7 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
 
 def expected_product(layer: Layer) -> NDArray[np.float64]:
     """y = alpha1·(b1 x) + alpha2·(b2 x) + beta·(1 x) + bias in float64, from the bytes."""
-    x, weight, alpha = layer.x.double().numpy(), layer.weight.numpy(), layer.alpha.double().numpy()
+    x, weight, alpha = layer.x.double().numpy(), layer.weight.numpy(), layer.scales.double().numpy()
     bits = np.unpackbits(weight, axis=-1, bitorder="little")[..., : x.shape[-1]]
     scales = np.repeat(alpha, layer.group_size, axis=-1)[..., : x.shape[-1]]
     y: NDArray[np.float64] = x @ ((bits * scales[:2]).sum(0) + scales[2:].sum(0)).T

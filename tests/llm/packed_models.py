@@ -16,18 +16,20 @@ def packed_model(
     """A model of random planes, without the kernels' attention and blocks."""
     model = build_model(FAMILIES[family]()).requires_grad_(False)
     biases = {name: bias for name, bias in model.named_parameters() if name.endswith(".bias")}
-    convert_layers(model, 32, [])
+    convert_layers(model, 32, [], levels)
     generator = torch.Generator().manual_seed(1)
     for name, layer in model.named_modules():
         if isinstance(layer, FdbLinear):
             assert layer.weight is not None
-            assert layer.alpha is not None
             layer.weight.random_(0, 256, generator=generator)
-            layer.alpha.uniform_(0.05, 0.2, generator=generator)
-            layer.alpha[1] *= -1
+            groups = -(-layer.in_features // 32)
+            scales = torch.empty(2, layer.out_features, groups, dtype=torch.float16)
+            scales.uniform_(0.05, 0.2, generator=generator)
+            scales[1] *= -1
             if levels == "offset":
-                layer.levels = levels
-                layer.alpha = torch.cat((layer.alpha, -layer.alpha[:1] / 2))
+                scales = layer.scheme.round(torch.cat((scales, -scales[:1] / 2)))
+            layer.expand()
+            layer.scales = scales
             if layer.bias is not None:
                 layer.bias.data = biases[f"{name}.bias"].data
             layer.use_cpu_kernels()

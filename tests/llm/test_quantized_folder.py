@@ -105,8 +105,8 @@ def test_loading_in_bfloat16_keeps_planes_and_scales_as_stored(
         module = packed.get_submodule(name)
         assert isinstance(module, FdbLinear)
         loaded = module.quantized
-        assert loaded.alpha.dtype == torch.float16
-        assert torch.equal(loaded.alpha, quantized.alpha)
+        assert loaded.scales.dtype == torch.float16
+        assert torch.equal(loaded.scales, quantized.scales)
         assert torch.equal(loaded.weight, quantized.weight)
 
 
@@ -147,7 +147,7 @@ def test_layers_are_read_as_they_were_written_and_the_rest_beside_them(tmp_path:
     for name, quantized in layers.items():
         stored = folder.layer(name, quantized.in_features)
         assert torch.equal(stored.weight, quantized.weight)
-        assert torch.equal(stored.alpha, quantized.alpha)
+        assert torch.equal(stored.scales, quantized.scales)
     others = dict(folder.other_tensors())
     assert f"model.layers.{KEPT}.weight" in others
     assert not any(name.removesuffix(".weight") in layers for name in others)
@@ -179,7 +179,7 @@ def test_requantizing_writes_new_planes_and_keeps_all_else(
     out = tmp_path / "out"
     out.mkdir()
     changed = {
-        name: quantize_matrix(-q.dense(), q.alpha.float(), GROUP) for name, q in layers.items()
+        name: quantize_matrix(-q.dense(), q.scales.float(), GROUP) for name, q in layers.items()
     }
     latents = {name: -q.dense() for name, q in layers.items()} if with_latents else {}
     write_requantized(student, out, ((n, q, latents.get(n)) for n, q in changed.items()))
@@ -196,7 +196,7 @@ def test_requantizing_writes_new_planes_and_keeps_all_else(
         assert (
             torch.equal(start, latents[name]) if with_latents else not torch.equal(start, teacher)
         )
-        assert torch.equal(quantize_matrix(start, stored.alpha, GROUP).weight, stored.weight)
+        assert torch.equal(quantize_matrix(start, stored.scales, GROUP).weight, stored.weight)
     before = dict(student.other_tensors())
     after = dict(written.other_tensors())
     assert before.keys() == after.keys()

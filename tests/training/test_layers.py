@@ -58,7 +58,7 @@ def test_gradients_of_the_scales_are_the_sums_over_the_group_of_gradient_times_p
     layer = make(levels)
     planes = unpack_planes(layer.quantize().weight, IN, torch.float64)
     # The offset is the scale of a plane of ones.
-    planes = torch.cat((planes, torch.ones_like(planes)))[: len(layer.alpha)]
+    planes = torch.cat((planes, torch.ones_like(planes)))[: len(layer.scales)]
     expected = torch.zeros(len(planes), OUT, 3, dtype=torch.float64)
     gradient = _weight_gradient(layer, _normal(5, IN, seed=1), _normal(5, OUT, seed=2))
     for plane in range(len(planes)):
@@ -67,14 +67,14 @@ def test_gradients_of_the_scales_are_the_sums_over_the_group_of_gradient_times_p
                 expected[plane, row, column // GROUP] += (
                     gradient[row, column] * planes[plane, row, column]
                 )
-    assert layer.alpha.grad.shape == expected.shape
-    assert torch.allclose(layer.alpha.grad.double(), expected, rtol=1e-4, atol=1e-5)
+    assert layer.scales.grad.shape == expected.shape
+    assert torch.allclose(layer.scales.grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_of_a_latent_weight_passes_inside_the_bounds_and_stops_outside() -> None:
     layer = _latent()
     gradient = _weight_gradient(layer, _normal(5, IN, seed=1), _normal(5, OUT, seed=2))
-    alpha1, alpha2 = layer.alpha.detach().double().repeat_interleave(GROUP, -1)[..., :IN]
+    alpha1, alpha2 = layer.scales.detach().double().repeat_interleave(GROUP, -1)[..., :IN]
     levels = torch.stack((alpha2, alpha1 * 0, alpha1 + alpha2, alpha1)).sort(0).values
     below = levels[0] - (levels[1] - levels[0]) / 2
     above = levels[3] + (levels[3] - levels[2]) / 2
@@ -116,7 +116,7 @@ def test_latent_weights_train_through_the_rounding_of_codes(levels: str) -> None
     layer = _latent(levels)
     with torch.no_grad():
         # A fifth of a step: codes stay what they are, float16 moves.
-        layer.alpha[0] *= 1.003
+        layer.scales[0] *= 1.003
     dense, stored = layer.dense(torch.float32), layer.quantize().dense()
     near = 1e-3 if levels == "plain" else 1e-6
     assert torch.allclose(dense, stored, rtol=near, atol=near)
@@ -130,7 +130,7 @@ def test_scales_can_train_as_they_are_and_are_rounded_at_the_end(
     layer.rounds_scales = False
     before = layer.dense(torch.float32).detach()
     with torch.no_grad():
-        layer.alpha[0] *= 1.003
+        layer.scales[0] *= 1.003
     assert not torch.equal(layer.dense(torch.float32), before)
     layer.rounds_scales = True
     assert torch.equal(layer.dense(torch.float32), before)
@@ -140,7 +140,7 @@ def test_scales_can_train_as_they_are_and_are_rounded_at_the_end(
 def test_scales_that_are_no_numbers_give_no_numbers() -> None:
     layer = _latent("offset")
     with torch.no_grad():
-        layer.alpha[1] = torch.nan
+        layer.scales[1] = torch.nan
     assert layer(_normal(2, IN)).isnan().any()
 
 
@@ -148,12 +148,12 @@ def test_planes_of_latent_weights_follow_them_and_fixed_planes_do_not() -> None:
     layer = _latent()
     with torch.no_grad():
         layer.latent.neg_()
-    expected = quantize_matrix(layer.latent.detach(), layer.alpha.detach(), GROUP)
+    expected = quantize_matrix(layer.latent.detach(), layer.scales.detach(), GROUP)
     assert torch.equal(layer.quantize().weight, expected.weight)
     fixed = _scaled()
     before = fixed.packed.clone()
     with torch.no_grad():
-        fixed.alpha.mul_(3)
+        fixed.scales.mul_(3)
     assert torch.equal(fixed.quantize().weight, before)
 
 
@@ -164,7 +164,7 @@ def test_scales_that_move_leave_latent_weights_in_fixed_cells(levels: str) -> No
     layer.rounds_scales = False
     planes = layer.quantize().weight
     with torch.no_grad():
-        layer.alpha.mul_(1.5)
+        layer.scales.mul_(1.5)
     moved = layer.quantize()
     assert torch.equal(moved.weight, planes)
     # Of the stored scales: float16, or codes of an outer of three bits after the point.
@@ -173,20 +173,20 @@ def test_scales_that_move_leave_latent_weights_in_fixed_cells(levels: str) -> No
 
 def test_fixed_planes_are_no_float_copy_and_only_the_scales_train() -> None:
     layer = _scaled()
-    assert [name for name, _ in layer.named_parameters()] == ["alpha"]
+    assert [name for name, _ in layer.named_parameters()] == ["scales"]
     assert layer.packed.dtype == torch.uint8
 
 
 def test_the_bias_is_frozen() -> None:
-    assert [name for name, _ in _latent().named_parameters()] == ["alpha", "latent"]
+    assert [name for name, _ in _latent().named_parameters()] == ["scales", "latent"]
 
 
 def test_projection_brings_the_scales_back_to_their_signs() -> None:
     layer = _scaled()
     with torch.no_grad():
-        layer.alpha.neg_()
+        layer.scales.neg_()
     layer.project()
-    assert not layer.alpha.any()
+    assert not layer.scales.any()
 
 
 def test_a_group_whose_scales_are_zero_stays_zero_in_training() -> None:
@@ -194,8 +194,8 @@ def test_a_group_whose_scales_are_zero_stays_zero_in_training() -> None:
     matrix[0, :8] = 0
     layer = LatentLinear(_quantized(matrix), matrix, None)
     layer(_normal(4, 16, seed=1)).square().sum().backward()
-    assert layer.alpha.grad is not None
-    assert not layer.alpha.grad[:, 0, 0].any()
+    assert layer.scales.grad is not None
+    assert not layer.scales.grad[:, 0, 0].any()
 
 
 @pytest.mark.usefixtures("kernels_or_torch")
@@ -203,11 +203,11 @@ def test_a_group_whose_scales_are_zero_stays_zero_in_training() -> None:
 def test_a_group_that_lost_its_scales_has_no_planes_and_trains_no_more(levels: str) -> None:
     layer = _in_fixed_cells(levels)
     with torch.no_grad():
-        layer.alpha[:, 1, 2] = 0
+        layer.scales[:, 1, 2] = 0
     layer(_normal(4, IN, seed=1)).square().sum().backward()
-    assert layer.alpha.grad is not None
-    assert not layer.alpha.grad[:, 1, 2].any()
-    assert layer.alpha.grad[:, 1, 1].any()
+    assert layer.scales.grad is not None
+    assert not layer.scales.grad[:, 1, 2].any()
+    assert layer.scales.grad[:, 1, 1].any()
     planes = unpack_planes(layer.quantize().weight, IN, torch.uint8)
     assert not planes[:, 1, 2 * GROUP :].any()
 
@@ -223,7 +223,7 @@ def test_gradients_are_those_of_the_cells_where_scales_have_moved(levels: str) -
     assert layer.latent.grad is not None
     passes = layer.latent.grad != 0
     with torch.no_grad():
-        layer.alpha.mul_(1.5)
+        layer.scales.mul_(1.5)
     layer.zero_grad()
     layer(_normal(5, IN, seed=1)).backward(_normal(5, OUT, seed=2))
     assert torch.equal(layer.latent.detach(), latent)
@@ -231,27 +231,27 @@ def test_gradients_are_those_of_the_cells_where_scales_have_moved(levels: str) -
     expected = before.new_zeros(2, OUT, 3)
     for column in range(IN):
         expected[..., column // GROUP] += before[:, column] * planes[..., column]
-    assert layer.alpha.grad is not None
-    assert torch.allclose(layer.alpha.grad[:2].double(), expected, rtol=1e-4, atol=1e-5)
+    assert layer.scales.grad is not None
+    assert torch.allclose(layer.scales.grad[:2].double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scales_never_turn_the_order_of_the_levels_of_fixed_cells() -> None:
     layer = _in_fixed_cells()
-    alpha1, alpha2 = layer.alpha.detach().clone()
+    alpha1, alpha2 = layer.scales.detach().clone()
     upright = alpha1 + alpha2 >= 0
     with torch.no_grad():
         # Every group's sum gets the other sign.
-        layer.alpha[0], layer.alpha[1] = -alpha2, -alpha1
+        layer.scales[0], layer.scales[1] = -alpha2, -alpha1
     layer.project()
     assert upright.any()
     assert not upright.all()
     middle = (alpha1 - alpha2) / 2
-    assert torch.allclose(layer.alpha, torch.stack((middle, -middle)))
+    assert torch.allclose(layer.scales, torch.stack((middle, -middle)))
     moving = _latent()
     with torch.no_grad():
-        moving.alpha[0], moving.alpha[1] = -alpha2, -alpha1
+        moving.scales[0], moving.scales[1] = -alpha2, -alpha1
     moving.project()
-    assert torch.equal(moving.alpha[0], -alpha2)
+    assert torch.equal(moving.scales[0], -alpha2)
 
 
 def test_tied_levels_of_fixed_cells_stay_tied() -> None:
@@ -262,10 +262,10 @@ def test_tied_levels_of_fixed_cells_stay_tied() -> None:
     assert not upright.all()
     for seed in range(20):
         with torch.no_grad():
-            layer.alpha += 0.3 * _normal(*layer.alpha.shape, seed=seed)
+            layer.scales += 0.3 * _normal(*layer.scales.shape, seed=seed)
         layer.project()
-        larger = torch.where(upright, layer.alpha[0], -layer.alpha[1])
-        smaller = torch.where(upright, -layer.alpha[1], layer.alpha[0])
+        larger = torch.where(upright, layer.scales[0], -layer.scales[1])
+        smaller = torch.where(upright, -layer.scales[1], layer.scales[0])
         torch.testing.assert_close(larger, 2 * smaller)
         assert (smaller >= 0).all()
     stored = layer.quantize().dense(torch.float32)

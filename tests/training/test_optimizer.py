@@ -49,7 +49,7 @@ def test_the_first_step_moves_each_layer_by_its_rate_relative_to_mean_alpha1() -
     layers = _layers()
     before, sizes = (
         _values(layers),
-        [float(lay.alpha[0].detach().abs().mean()) for lay in layers.values()],
+        [float(lay.scales[0].detach().abs().mean()) for lay in layers.values()],
     )
     optimizer = RelativeAdamW(layers, LATENT_LR, SCALE_LR)
     _backward(layers, 0)
@@ -86,19 +86,19 @@ def test_tied_scales_move_together_against_the_gradient_of_their_step() -> None:
     optimizer = RelativeAdamW({"layer": layer}, LATENT_LR, SCALE_LR)
     x = torch.randn(30, 64, generator=torch.Generator().manual_seed(1))
     target = torch.randn(30, 64, generator=torch.Generator().manual_seed(2))
-    before = layer.alpha.detach().clone()
+    before = layer.scales.detach().clone()
     (layer(x) - target).square().mean().backward()
 
     def loss(factor: Tensor) -> Tensor:
         planes = ScaleLinear(quantized, None)
-        planes.alpha.requires_grad_(False).copy_(before)
+        planes.scales.requires_grad_(False).copy_(before)
         dense = planes.dense(torch.float32).detach().unflatten(1, (8, 8)) * factor.unsqueeze(-1)
         return (x @ dense.flatten(1).t() - target).square().mean()
 
     factor = torch.ones(64, 8, requires_grad=True)
     (slope,) = torch.autograd.grad(loss(factor), factor)
     optimizer.step(1.0)
-    sizes = layer.alpha.detach().abs()
+    sizes = layer.scales.detach().abs()
     assert torch.allclose(sizes.amax(0), 2 * sizes.amin(0), rtol=1e-5)
     grown = (sizes.amax(0) - before.abs().amax(0)).sign()
     assert torch.equal(grown, -slope.sign())
@@ -109,7 +109,7 @@ def test_a_step_brings_scales_back_to_their_signs_and_clears_gradients() -> None
     optimizer = RelativeAdamW(layers, LATENT_LR, 100.0)
     _backward(layers, 0)
     optimizer.step(1.0)
-    alpha = layers["layer0"].alpha.detach()
+    alpha = layers["layer0"].scales.detach()
     assert (alpha[0] >= 0).all()
     assert (alpha[1] <= 0).all()
     assert all(parameter.grad is None for parameter in optimizer.parameters())
@@ -117,7 +117,7 @@ def test_a_step_brings_scales_back_to_their_signs_and_clears_gradients() -> None
 
 def test_latent_weights_decay_towards_where_they_started_and_scales_do_not() -> None:
     layers = _layers((1.0,))
-    size = float(layers["layer0"].alpha[0].detach().abs().mean())
+    size = float(layers["layer0"].scales[0].detach().abs().mean())
     starts = [value.double() for value in _values(layers)]
     expected = [start.clone() for start in starts]
     moments = [(torch.zeros_like(start), torch.zeros_like(start)) for start in starts]

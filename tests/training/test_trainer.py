@@ -47,7 +47,7 @@ def test_latent_weights_in_fixed_cells_start_a_fifth_of_a_cell_away_from_its_bor
     for fixed in (False, True):
         layer = latent_layer(kept, "layer", quantized, matrix, None, fixed_cells=fixed)
         grouped = layer.latent.detach().view(16, 4, 64)
-        borders = sorted_levels(quantized.alpha.float().unsqueeze(-1)).borders
+        borders = sorted_levels(quantized.scales.float().unsqueeze(-1)).borders
         cells = [(borders[0], borders[1]), (borders[1], borders[2])]
         found = [
             torch.minimum(grouped - low, high - grouped)[(grouped > low) & (grouped < high)]

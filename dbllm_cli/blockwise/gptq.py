@@ -74,7 +74,7 @@ class GptqStart:
             StageFailedError: a scale is not finite, or XᵀX is singular.
         """
         report, size = self.finished.report(), self.options.batch_size
-        entering = self.model.enter(sequences, size)
+        entering = self.model.embed(sequences, size)
         streams = self.finished.streams(
             BlockStreams(entering, entering), size, self._finished_block, progress
         )

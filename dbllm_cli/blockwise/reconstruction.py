@@ -106,9 +106,9 @@ class BlockTraining:
     def _entering(self, sequences: Tensor) -> BlockStreams:
         """What enters the first block, after the teacher's embeddings and after the student's."""
         batch_size = self.options.batch_size
-        teacher = self.model.enter(sequences, batch_size)
+        teacher = self.model.embed(sequences, batch_size)
         self.model.load_outside(self.student.tensors)
-        student = self.model.enter(sequences, batch_size)
+        student = self.model.embed(sequences, batch_size)
         self.model.load_outside(self.model.tensors)
         return BlockStreams(teacher, student)
 
@@ -214,7 +214,7 @@ class BlockTraining:
         for number in range(self.options.passes):
             seed = (self.options.seed * 100_003 + index) * 1_009 + number
             order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-            # The short batch stays short: only batch sizes that `enter` met can run.
+            # The short batch stays short: only batch sizes that `embed` met can run.
             yield from order.split(self.options.batch_size)
 
     def _optimize(

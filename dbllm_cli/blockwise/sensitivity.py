@@ -31,7 +31,7 @@ def output_sensitivities(
     Yields:
         Index of the block, the last one first, and its sensitivity.
     """
-    states = [model.enter(sequences, batch_size)]
+    states = [model.embed(sequences, batch_size)]
     for index in range(len(model.blocks)):
         block = model.load_block(index)
         states.append(model.run_all(index, block, states[-1], batch_size, task.advance))

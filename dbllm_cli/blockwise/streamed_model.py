@@ -87,7 +87,7 @@ class StreamedModel:
         for name, _ in list(block.named_parameters()):
             set_module_tensor_to_device(block, name, "meta")
 
-    def enter(self, sequences: Tensor, batch_size: int) -> Tensor:
+    def embed(self, sequences: Tensor, batch_size: int) -> Tensor:
         """Hidden states that enter the first block, on the CPU `[n, tokens, hidden]`.
 
         Args:
@@ -120,7 +120,7 @@ class StreamedModel:
         Args:
             index: which block's arguments.
             block: the module to run: this model's, or a quantized copy.
-            hidden: `[batch, tokens, hidden]` on the device; a batch size that `enter` met.
+            hidden: `[batch, tokens, hidden]` on the device; a batch size that `embed` met.
         """
         return self._calls[hidden.shape[0]][index].run(block, hidden)
 
@@ -139,7 +139,7 @@ class StreamedModel:
             index: which block's arguments.
             block: the module to run.
             hidden: `[n, tokens, hidden]`.
-            batch_size: as given to `enter`.
+            batch_size: as given to `embed`.
             done: called with the number of sequences of each batch.
         """
         output = torch.empty_like(hidden)

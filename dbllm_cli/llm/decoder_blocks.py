@@ -73,7 +73,7 @@ class _Decoding:
         if (
             past_key_values is not None
             and position_embeddings is not None
-            and self._takes(hidden_states, position_embeddings)
+            and self._decodes(hidden_states, position_embeddings)
         ):
             return self._decode(hidden_states, attention_mask, past_key_values, position_embeddings)
         return self._own(
@@ -87,7 +87,7 @@ class _Decoding:
             **kwargs,
         )
 
-    def _takes(self, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> bool:
+    def _decodes(self, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> bool:
         batch, tokens, _ = hidden.shape
         angles = {(batch, 1, self._block.head_dim), (1, 1, self._block.head_dim)}
         return (

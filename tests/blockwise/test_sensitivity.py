@@ -108,7 +108,7 @@ def test_what_comes_after_the_blocks_gives_the_model_s_own_logits(
 ) -> None:
     model = _saved(random_model(config), tmp_path)
     streamed = StreamedModel(tmp_path, "cpu")
-    hidden = streamed.enter(ids, 2)
+    hidden = streamed.embed(ids, 2)
     for index in range(len(streamed.blocks)):
         hidden = streamed.run_all(index, streamed.load_block(index), hidden, 2)
     logits = logits_after(streamed.model, streamed.blocks, hidden)

@@ -28,7 +28,7 @@ def test_streaming_block_by_block_gives_the_whole_model_s_hidden_states(
     llama.save_pretrained(tmp_path)
     expected = _states(llama, ids)
     streamed = StreamedModel(tmp_path, "cpu")
-    hidden = streamed.enter(ids, batch_size)
+    hidden = streamed.embed(ids, batch_size)
     assert torch.equal(hidden, expected[0])
     done: list[int] = []
     for index in range(len(streamed.blocks)):
@@ -48,7 +48,7 @@ def test_every_family_streams_in_the_dtype_asked_for(
     model = random_model(config)  # type: ignore[arg-type]
     model.save_pretrained(tmp_path)
     streamed = StreamedModel(tmp_path, "cpu", dtype=dtype)
-    block, hidden = streamed.load_block(0), streamed.enter(ids, 2)
+    block, hidden = streamed.load_block(0), streamed.embed(ids, 2)
     assert {hidden.dtype, *(parameter.dtype for parameter in block.parameters())} == {dtype}
     hidden = streamed.run_all(0, block, hidden, 2)
     assert hidden.dtype == dtype
@@ -89,7 +89,7 @@ def test_only_the_block_asked_for_is_in_memory(tmp_path: Path) -> None:
 def test_bfloat16_checkpoints_stream_in_float32(tmp_path: Path, ids: Tensor) -> None:
     random_model(llama_config()).bfloat16().save_pretrained(tmp_path)
     streamed = StreamedModel(tmp_path, "cpu")
-    assert streamed.enter(ids, 5).dtype == torch.float32
+    assert streamed.embed(ids, 5).dtype == torch.float32
     assert {p.dtype for p in streamed.load_block(0).parameters()} == {torch.float32}
 
 

@@ -138,7 +138,7 @@ def test_the_compiled_kernels_fit_a_gpu(
     ("changed", "told"),
     [
         ({"x": torch.zeros(2, 100)}, r"take planes \[2, 3, 13\] there, not \[2, 3, 8\] on cpu"),
-        ({"alpha": torch.zeros(2, 3, 2)}, r"take scales \[2, 3, 1\]"),
+        ({"scales": torch.zeros(2, 3, 2)}, r"take scales \[2, 3, 1\]"),
         ({"bias": torch.zeros(2)}, r"take a bias \[3\]"),
         ({"weight": torch.zeros(2, 3, 8, device="meta")}, "on meta"),
         ({"group_size": 68}, "groups of 68"),

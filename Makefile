@@ -1,5 +1,6 @@
 # make demo    from nothing to a packed model: install, run the pipeline, show what came out
 # make test    the same set-up, then every check and test
+# make fast    the tests that load no model and compile nothing, in less than a minute
 # make check   the checks alone: ruff, mypy, import-linter
 # make clean   remove .venv and caches; artifacts stay
 
@@ -16,7 +17,7 @@ SOURCES := pyproject.toml constraints.txt $(wildcard dbllm_cli/kernels/csrc/*)
 PACKED  := $(BIN)/python -c 'import json, sys; steps = json.load(sys.stdin)["steps"]; \
            print(next(step["path"] for step in steps if step["stage"] == "pack"))'
 
-.PHONY: venv demo test check clean
+.PHONY: venv demo test fast check clean
 
 venv: $(VENV)/installed
 
@@ -46,6 +47,9 @@ check: $(VENV)/installed-dev
 # One thread for each worker: two workers that take two each would slow each other down.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
+
+fast: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) -m "not model and not slow and not gpu"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

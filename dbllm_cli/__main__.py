@@ -13,7 +13,7 @@ def main() -> None:
     """Entry point of the console script.
 
     While the rest is imported nothing can be lost, so that a signal ends the process at once.
-    Later SIGINT is Python's own, and the making of an artifact takes SIGTERM as an error.
+    Later `app.run` takes SIGINT, and the making of an artifact SIGTERM, as errors.
     """
     signal.signal(signal.SIGINT, _end)
     signal.signal(signal.SIGTERM, _end)

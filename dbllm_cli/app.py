@@ -11,6 +11,7 @@ from dbllm_cli.commands.doctor import own_version
 from dbllm_cli.commands.options import plain_message
 from dbllm_cli.console import Console, report
 from dbllm_cli.errors import DbllmError, UsageError
+from dbllm_cli.pipeline.stopping import noting_interrupts
 
 _INTERRUPTED = 130
 
@@ -46,18 +47,23 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns its exit code."""
     as_json = "--json" in arguments
     console = Console()
-    try:
-        # typer gives back the code of an Exit, and None for a command that came to its end.
-        code = app(list(arguments) or ["--help"], prog_name="dbllm", standalone_mode=False)
-    except DbllmError as error:
-        return report(console, error, as_json)
-    except typer.TyperException as error:
-        return report(console, _usage_error(error), as_json)
-    except Exception as error:  # noqa: BLE001  a bug of ours
-        return _report_bug(console, error, as_json)
+    with noting_interrupts() as interrupted:
+        try:
+            # typer gives back the code of an Exit, and None for a command that came to its end.
+            code = app(list(arguments) or ["--help"], prog_name="dbllm", standalone_mode=False)
+        except Exception as error:  # noqa: BLE001  a library's broad `except` may have made it
+            code = _INTERRUPTED if interrupted() else _failed(console, error, as_json)
     if code == _INTERRUPTED:
         console.error("interrupted", "run the same command again to go on where it was")
     return code or 0
+
+
+def _failed(console: Console, error: Exception, as_json: bool) -> int:
+    if isinstance(error, DbllmError):
+        return report(console, error, as_json)
+    if isinstance(error, typer.TyperException):
+        return report(console, _usage_error(error), as_json)
+    return _report_bug(console, error, as_json)
 
 
 def _usage_error(error: typer.TyperException) -> UsageError:

@@ -21,6 +21,19 @@ STORIES_TEXT = SHARED_DATA / "text" / "tinystories-sample.txt"
 TEXT = "The cat sat on the mat, and the dog looked at the cat with great interest. "
 
 
+MODEL_FIXTURES = {"workshop", "fresh", "llama", "llama_folder", "stories", "stories_folder"}
+MODEL_FOLDERS = {"blockwise", "formats", "llm", "records", "stages", "tasks", "training"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `model` whatever makes or loads one."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & MODEL_FIXTURES or item.path.parent.name in MODEL_FOLDERS:
+            item.add_marker(pytest.mark.model)
+
+
 @dataclass(frozen=True)
 class Workshop:
     """A store, and the stages with the settings that suit tiny models."""

@@ -24,6 +24,7 @@ def test_a_changed_default_raises_the_stage_s_version(stage: str) -> None:
     assert now == then, f"{stage} has other settings: {golden.RETAKE} --defaults"
 
 
+@pytest.mark.model
 def test_bytes_change_only_with_the_stage_s_version(tmp_path: Path) -> None:
     here = golden.machine()
     if here != RECORDED["machine"]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 # The interpreter's own start comes before anything of ours: the signal comes after it.
 START = "from dbllm_cli.__main__ import main; print('up', flush=True); main()"

@@ -1,8 +1,8 @@
-"""SIGTERM as an error: work ends in order, keeps its scratch, and can go on later."""
+"""Signals as errors: work ends in order, keeps its scratch, and can go on later."""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -43,3 +43,23 @@ def stops_on_sigterm() -> Iterator[None]:
 
 def _stopped() -> StoppedError:
     return StoppedError("stopped by SIGTERM", "give the same command again to go on")
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[Callable[[], bool]]:
+    """Tells afterwards whether Ctrl-C was pressed, whatever a library made of the error."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del frame
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, before)

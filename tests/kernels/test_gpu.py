@@ -22,6 +22,8 @@ from dbllm_cli.kernels import fdb_linear, operator
 from tests.kernels.gpu_cases import CASES, ERROR, Case, Layer, check_product, random_layer
 
 ROOT = Path(__file__).parents[2]
+# Triton's interpreter takes long to start.
+pytestmark = pytest.mark.slow
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

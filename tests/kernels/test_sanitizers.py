@@ -41,6 +41,7 @@ def _sanitizers(tmp_path: Path) -> None:
         pytest.skip("the compiler lacks the libraries of the sanitizers")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_sanitizers")
 def test_the_kernels_keep_to_their_buffers_and_are_right(tmp_path: Path) -> None:
     program = tmp_path / "csrc_test"

@@ -14,6 +14,8 @@ from dbllm_cli.errors import ConfigError, StoppedError
 from dbllm_cli.pipeline.stopping import stops_on_sigterm
 from dbllm_cli.store import Artifact, Store
 
+pytestmark = pytest.mark.slow
+
 # Runs the stage `slow` in the store argv[1]. argv[2] says what happens in it: `plain`, `wait`, or
 # a number: the process is killed with -9 before its so-manieth step of publishing.
 SCRIPT = """

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dbllm_cli.pipeline.run import run_stage
+from dbllm_cli.pipeline.stage import run_stage
 from dbllm_cli.progress import SilentProgress
 from dbllm_cli.records.environment import environment_here
 from dbllm_cli.registry import declared, registered

@@ -175,12 +175,6 @@ def refusal() -> str | None:
     return loaded if isinstance(loaded, str) and library_path() is not None else None
 
 
-def kernel_name() -> str:
-    """The instruction set of the kernels that are used, or `reference`."""
-    kernels = cpu_kernels()
-    return REFERENCE if kernels is None else kernels.instruction_set
-
-
 def torch_library() -> Path:
     """Torch's own library, whose functions the operators call."""
     suffix = "dylib" if sys.platform == "darwin" else "so"

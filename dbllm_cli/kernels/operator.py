@@ -70,6 +70,14 @@ def has_gpu_kernel(device: torch.device) -> bool:
     return Version(importlib.metadata.version("triton")) >= Version("3.3")
 
 
+def kernel_name(device: str) -> str:
+    """What packed products on a device run in: a CPU's instruction set, `gpu`, or `reference`."""
+    if device.startswith("cuda"):
+        return "gpu" if has_gpu_kernel(torch.device(device)) else REFERENCE
+    kernels = cpu_kernels() if device.startswith("cpu") else None
+    return REFERENCE if kernels is None else kernels.instruction_set
+
+
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scales, bias, group_size = inputs
     ctx.save_for_backward(weight, scales)

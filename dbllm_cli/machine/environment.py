@@ -16,7 +16,7 @@ class Environment:
         capability: the instruction set that torch uses on the CPU.
         threads: of torch.
         torch: its version.
-        kernel: instruction set of the packed products on the CPU, or `reference`.
+        kernel: what packed products run in: a CPU's instruction set, `gpu`, or `reference`.
         compute_dtype: of the products, e.g. `float32`.
     """
 

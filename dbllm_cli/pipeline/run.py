@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 from dbllm_cli.errors import DbllmError, StoppedError
 from dbllm_cli.pipeline.file import Pipeline
@@ -65,11 +66,19 @@ def run_pipeline(
         DbllmError: all that `run_stage`, `plan_pipeline` and `resolve_model` raise; of steps not
             with `keep_going`.
     """
+    make = partial(
+        run_stage,
+        store=store,
+        progress=progress,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        wait=wait,
+    )
     with stops_on_sigterm():
         known = {MODEL: resolve_model(pipeline.model.path, pipeline.model.revision, store)}
         run = PipelineRun([], [], [])
         for planned in plan_pipeline(pipeline, store, force, only):
-            step = planned.step
+            step, forced = planned.step, planned.step.name in force
             inputs = gather(step, known)
             if planned.action == "left out" or inputs is None:
                 if planned.artifact is not None:
@@ -78,18 +87,7 @@ def run_pipeline(
                     run.left_out.append(step.name)
                 continue
             try:
-                outcome = run_stage(
-                    step.stage,
-                    step.config,
-                    inputs,
-                    store,
-                    progress=progress,
-                    device=device,
-                    force=step.name in force,
-                    trust_remote_code=trust_remote_code,
-                    step=step.name,
-                    wait=wait,
-                )
+                outcome = make(step.stage, step.config, inputs, force=forced, step=step.name)
             except DbllmError as error:
                 if not keep_going or isinstance(error, StoppedError):
                     raise
@@ -98,7 +96,7 @@ def run_pipeline(
                 continue
             known[step.name] = outcome.artifact
             run.outcomes.append(outcome)
-            _tell(outcome, progress, forced=step.name in force and only is None)
+            _tell(outcome, progress, forced=forced and only is None)
         return run
 
 

@@ -35,7 +35,7 @@ def environment_here(device: str, compute_dtype: str) -> Environment:
         capability=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        kernel=kernel_name(),
+        kernel=kernel_name(device),
         compute_dtype=compute_dtype,
     )
 

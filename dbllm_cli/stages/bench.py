@@ -13,7 +13,7 @@ import torch
 from dbllm_cli.configs import BenchConfig
 from dbllm_cli.errors import ConfigError
 from dbllm_cli.fdb.quantized import count_planes
-from dbllm_cli.kernels import REFERENCE, cpu_kernels, has_gpu_kernel
+from dbllm_cli.kernels import REFERENCE, kernel_name
 from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import Model, load_model, model_folder, require_positions
 from dbllm_cli.llm.peak_memory import measure_peak_memory
@@ -168,12 +168,10 @@ def _spread(seconds: tuple[float, ...]) -> Spread:
 
 
 def _kernel(model: Model, device: str) -> str:
-    """The instruction set that a packed model runs on, `gpu`, or the reference."""
-    if device.startswith("cuda"):
-        return "gpu" if has_gpu_kernel(torch.device(device)) else REFERENCE
-    kernels = cpu_kernels()
-    tiled = any(layer.tiles is not None for _, layer in packed_layers(model))
-    return kernels.instruction_set if kernels is not None and tiled else REFERENCE
+    """What the packed model runs in: its group size may have no kernel on a CPU."""
+    on_cpu = device.startswith("cpu")
+    untiled = on_cpu and all(layer.tiles is None for _, layer in packed_layers(model))
+    return REFERENCE if untiled else kernel_name(device)
 
 
 def _device_name(device: str) -> str:

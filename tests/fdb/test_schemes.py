@@ -6,13 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dbllm_cli.configs import InitFdbConfig
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.fdb.fit import fit_scales
+from dbllm_cli.fdb.linear import FdbLinear
 from dbllm_cli.fdb.quantized import quantize_matrix
 from dbllm_cli.fdb.schemes import open_scheme
 from dbllm_cli.fdb.schemes._spans import Spans
 from dbllm_cli.fdb.schemes.tied import join_tied, split_tied, tie_scales
+from dbllm_cli.llm.quantizer import DbllmConfig
 from dbllm_cli.registry import declared, registered
+from dbllm_cli.training.layers import ScaleLinear
 
 OFFSET = open_scheme("offset")
 SCHEMES = list(registered("fdb/schemes"))
@@ -58,6 +62,22 @@ def test_a_fit_is_better_than_the_papers_start(name: str) -> None:
     paper = quantize_matrix(matrix, fit_scales(matrix, 64, "paper"), 64).dense()
     found = quantize_matrix(matrix, fit_scales(matrix, 64, "als", levels=name), 64, name).dense()
     assert (found - matrix).norm() < (paper - matrix).norm()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_settings_and_models_take_every_scheme_that_is_a_file(name: str) -> None:
+    assert InitFdbConfig(levels=name).levels == name
+    assert DbllmConfig(levels=name, format_version=3).levels == name
+    layer = FdbLinear(172, 6, 64, levels=name)
+    matrix = torch.randn(6, 172, generator=torch.Generator().manual_seed(0))
+    quantized = quantize_matrix(matrix, fit_scales(matrix, 64, "als", levels=name), 64, name)
+    state = {"weight": quantized.weight} | quantized.scheme.store(quantized.scales)
+    layer.load_state_dict(state)
+    assert torch.allclose(layer(torch.eye(172)).T, quantized.dense(), atol=1e-3)
+    trained = ScaleLinear(quantized, None)
+    trained(torch.eye(172)).square().sum().backward()
+    assert trained.scales.grad is not None
+    assert torch.equal(trained.quantize().scales, quantized.scales)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

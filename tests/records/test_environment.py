@@ -68,9 +68,9 @@ def test_a_run_that_goes_on_elsewhere_is_told_to_be_inexact(
 def test_a_run_that_left_nothing_is_begun_anew(
     begin: Begin, notes: Notes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "kernel_name", lambda: "reference")
+    monkeypatch.setattr(environment, "kernel_name", lambda device: "reference")
     begin("float32")
-    monkeypatch.setattr(environment, "kernel_name", lambda: "avx2")
+    monkeypatch.setattr(environment, "kernel_name", lambda device: "avx2")
     assert begin("bfloat16") == "bfloat16"
     assert notes.notes == []
     begun = json.loads((tmp_path / "environment.json").read_text())
@@ -92,10 +92,10 @@ def test_a_damaged_record_is_told_with_the_folder_to_remove(
 def test_other_kernels_make_a_run_inexact(
     begin: Begin, notes: Notes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "kernel_name", lambda: "avx2")
+    monkeypatch.setattr(environment, "kernel_name", lambda device: "avx2")
     begin("float32")
     (tmp_path / "checkpoint-1").mkdir()
-    monkeypatch.setattr(environment, "kernel_name", lambda: "reference")
+    monkeypatch.setattr(environment, "kernel_name", lambda device: "reference")
     begin("float32")
     (note,) = notes.notes
     assert "kernel avx2 -> reference" in note

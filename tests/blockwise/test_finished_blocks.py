@@ -41,7 +41,7 @@ def inputs_of(stage: str, inputs: dict[str, Artifact]) -> dict[str, Artifact]:
 
 
 @pytest.mark.parametrize("stage", list(SETTINGS))
-@pytest.mark.parametrize("kept", ["report-3", "streams-4", "report-5"])
+@pytest.mark.parametrize("kept", ["streams-4", "report-5"])
 def test_killed_at_any_block_it_ends_with_the_same_bytes(
     workshop: Workshop,
     killed_and_resumed: KilledAndResumed,

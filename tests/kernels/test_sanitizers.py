@@ -12,7 +12,7 @@ import dbllm_cli
 SOURCES = Path(dbllm_cli.__file__).parent / "kernels" / "csrc"
 PROGRAM = Path(__file__).parent / "csrc_test.c"
 FLOATS_PROGRAM = Path(__file__).parent / "csrc_floats_test.c"
-FLAGS = ("-std=c11", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FLAGS = ("-std=c11", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def _compile(sources: list[Path], program: Path) -> subprocess.CompletedProcess[str]:

@@ -45,7 +45,7 @@ def body(config, inputs, ctx):
         (ctx.out / "big").write_bytes(bytes(2**20))
     if mode in ("wait", "moment"):
         print("running", flush=True)
-        time.sleep(60 if mode == "wait" else 3)
+        time.sleep(60 if mode == "wait" else 1.5)
     (ctx.out / "mode.txt").write_text(mode)
     return Result({})
 

@@ -1,4 +1,4 @@
-"""What a pipeline writes, as digests: run it in two checkouts and compare, to see which bytes changed.
+"""What a pipeline writes, as digests: run it in two checkouts to see which bytes changed.
 
 python tests/peers/pipeline_digests.py tests/peers/schemes.yaml --store NEW_FOLDER > digests.json
 """

@@ -7,6 +7,7 @@ import typer
 
 from dbllm_cli.commands.options import JsonOption, StoreOption, possible_path
 from dbllm_cli.console import Console, size_text
+from dbllm_cli.errors import ConfigError
 from dbllm_cli.pipeline.file import load_pipeline
 from dbllm_cli.pipeline.plan import plan_pipeline
 from dbllm_cli.store import Artifact, Store
@@ -51,19 +52,34 @@ def gc(
     with it.
     """
     opened = Store(store)
-    roots = [*_of_pipelines(opened, pipelines or []), *(opened.open(name) for name in keep)]
-    chosen = bool(pipelines or keep)
-    garbage = find_garbage(opened, reachable(opened, roots) if chosen else None, unused_days)
+
+    def find() -> list[Garbage]:
+        chosen = [_of_pipeline(opened, path) for path in pipelines or []]
+        roots = [*(each for found in chosen for each in found), *map(opened.open, keep)]
+        kept = reachable(opened, roots) if pipelines or keep else None
+        return find_garbage(opened, kept, unused_days)
+
+    garbage = find()
     if garbage and not dry_run:
-        collect(opened, garbage)
+        garbage = collect(opened, find)
     _show(Console(), garbage, unfinished_scratch(opened), dry_run, json)
 
 
-def _of_pipelines(store: Store, paths: list[Path]) -> list[Artifact]:
-    """The artifacts that the steps of pipelines have now."""
-    plans = [plan_pipeline(load_pipeline(path), store) for path in paths]
-    folders = [planned.folder for plan in plans for planned in plan if planned.folder is not None]
-    return [store.open(folder) for folder in folders if folder.is_dir()]
+def _of_pipeline(store: Store, path: Path) -> list[Artifact]:
+    """The artifacts that the steps of a pipeline have now.
+
+    Raises:
+        ConfigError: there is none: a store or a file that was not meant would lose everything.
+    """
+    plan = plan_pipeline(load_pipeline(path), store)
+    folders = [planned.folder for planned in plan if planned.folder is not None]
+    found = [store.open(folder) for folder in folders if folder.is_dir()]
+    if not found:
+        raise ConfigError(
+            f"the store {store.root} has no artifact of {path} as it is now, so none would stay",
+            f"see `dbllm status {path}`, or leave it out; name what is to stay with --keep",
+        )
+    return found
 
 
 def _show(

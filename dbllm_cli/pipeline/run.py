@@ -74,7 +74,7 @@ def run_pipeline(
         trust_remote_code=trust_remote_code,
         wait=wait,
     )
-    with stops_on_sigterm():
+    with stops_on_sigterm(), store.in_use(f"pipeline {pipeline.path}"):
         known = {MODEL: resolve_model(pipeline.model.path, pipeline.model.revision, store)}
         run = PipelineRun([], [], [])
         for planned in plan_pipeline(pipeline, store, force, only):

@@ -116,7 +116,11 @@ def run_stage(
     def told(holder: str) -> None:
         progress.note(f"{label} is being made by {holder}: waiting until it ends")
 
-    with stops_on_sigterm(), store.lock(key, label, told if wait else None):
+    with (
+        stops_on_sigterm(),
+        store.in_use(label),
+        store.lock(key, label, told if wait else None),
+    ):
         # Another run may have finished it while this one came for the lock.
         found = None if again else store.find(spec.output, key)
         if found is not None:

@@ -4,7 +4,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from dbllm_cli.store import locks
 from dbllm_cli.store.artifact import Artifact
 from dbllm_cli.store.disk import disk_errors
 from dbllm_cli.store.staging import dead_staging
-from dbllm_cli.store.store import Store
+from dbllm_cli.store.store import GC_LOCK, RUN_LOCK, Store
 
 _DAY = 86_400
 
@@ -68,20 +69,28 @@ def unfinished_scratch(store: Store) -> list[Garbage]:
     return [each for each in _scratch(store) if each.why == _UNFINISHED]
 
 
-def collect(store: Store, garbage: Iterable[Garbage]) -> None:
+def collect(store: Store, find: Callable[[], list[Garbage]]) -> list[Garbage]:
     """Remove folders: moved out of the way first, so that a kill leaves each whole or gone.
+
+    Args:
+        store: the store.
+        find: what may go, asked for once no run is under way and none can begin.
+
+    Returns:
+        What was removed.
 
     Raises:
         StageFailedError: a run is under way in the store, or the disk fails.
         ConfigError: the store can't be written.
     """
-    _require_quiet(store)
     trash = store.root / _TRASH
-    with disk_errors(store.root, "removing what is not needed"):
+    with disk_errors(store.root, "removing what is not needed"), _quiet(store):
+        garbage = find()
         trash.mkdir(exist_ok=True)
         for each in garbage:
             each.path.rename(trash / f"{each.path.name}-{uuid.uuid4().hex[:8]}")
         shutil.rmtree(trash)
+        return garbage
 
 
 _TRASH = ".trash"
@@ -124,13 +133,28 @@ def _of(path: Path, why: str) -> Garbage:
     return Garbage(path, why, sum(file.lstat().st_size for file in files))
 
 
-def _require_quiet(store: Store) -> None:
-    """Refuse while anything is being made: it may read what would go."""
-    for file in sorted(store.locks.glob("*.lock")) if store.locks.is_dir() else ():
-        try:
-            locks.acquire(file, "gc")()
-        except StageFailedError as error:
-            raise StageFailedError(
-                f"a run is under way in the store {store.root}: {error.message}",
-                "wait until it ends, or stop it; then give the same command again",
-            ) from error
+@contextmanager
+def _quiet(store: Store) -> Iterator[None]:
+    """Hold back runs that begin, and refuse while one is under way: it may read what would go."""
+    store.locks.mkdir(parents=True, exist_ok=True)
+    release = locks.acquire(store.locks / GC_LOCK, "gc", lambda _: None)
+    try:
+        for file in sorted(store.locks.glob("*.lock")):
+            if file.name != GC_LOCK:
+                _require_free(store, file)
+        yield
+    finally:
+        release()
+
+
+def _require_free(store: Store, file: Path) -> None:
+    try:
+        locks.acquire(file, "it")()
+    except StageFailedError as error:
+        raise StageFailedError(
+            f"a run is under way in the store {store.root}: {error.message}",
+            "wait until it ends, or stop it; then give the same command again",
+        ) from error
+    if file.name.startswith(RUN_LOCK):  # of a run that was killed
+        for left in (file, file.with_suffix(".json")):
+            left.unlink(missing_ok=True)

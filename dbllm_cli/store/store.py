@@ -1,6 +1,7 @@
 """The store: a folder of finished artifacts, and the places where unfinished ones are made."""
 
 import difflib
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from dbllm_cli.store.manifest import (
 from dbllm_cli.store.references import path_of, shown
 from dbllm_cli.store.staging import new_staging
 
+RUN_LOCK, GC_LOCK = "run-", "gc.lock"
 DEFAULT_ROOT = Path("artifacts")
 _KEY_LENGTH = 12
 
@@ -149,6 +151,26 @@ class Store:
             yield
         finally:
             release()
+
+    @contextmanager
+    def in_use(self, label: str) -> Iterator[None]:
+        """Keep `gc` from removing anything meanwhile; waits for one that is under way.
+
+        Raises:
+            ConfigError: the store can't be written.
+        """
+        # gc holds its lock before it looks at those of runs: one of the two sees the other.
+        file = self._made(self.locks) / f"{RUN_LOCK}{uuid.uuid4().hex[:12]}.lock"
+        with disk_errors(self.root, "taking a lock"):
+            release = locks.acquire(file, label)
+        try:
+            with disk_errors(self.root, "taking a lock"):
+                locks.acquire(self.locks / GC_LOCK, label, lambda _: None)()
+            yield
+        finally:
+            release()
+            for left in (file, file.with_suffix(".json")):
+                left.unlink(missing_ok=True)
 
     def staging(self) -> Path:
         """A new empty folder to make an artifact in; those of dead processes are cleared away."""

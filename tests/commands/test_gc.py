@@ -67,3 +67,13 @@ def test_an_artifact_to_keep_that_is_not_there_removes_nothing(
     dbllm("run", pipeline)
     assert dbllm("gc", "--keep", "fdb-000000000000").code == 4
     assert len(folders()) == 2
+
+
+def test_a_pipeline_without_an_artifact_here_removes_nothing(
+    dbllm: DbllmCall, pipeline: str
+) -> None:
+    dbllm("run", pipeline, "--set", "calibrate.num_samples=4")
+    result = dbllm("gc", pipeline)
+    assert result.code == 3
+    assert "none would stay" in result.err
+    assert len(folders()) == 2

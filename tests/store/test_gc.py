@@ -1,4 +1,5 @@
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.store import Artifact, Store
-from dbllm_cli.store.gc import collect, find_garbage, reachable, unfinished_scratch
+from dbllm_cli.store.gc import Garbage, collect, find_garbage, reachable, unfinished_scratch
 
 
 def made(store: Store, kind: str, *inputs: Artifact, **settings: Any) -> Artifact:
@@ -36,7 +37,7 @@ def test_what_an_artifact_was_made_from_stays_with_it(store: Store) -> None:
     garbage = find_garbage(store, kept, 30)
     assert [each.path for each in garbage] == [other.path]
     assert garbage[0].size > 1000
-    collect(store, garbage)
+    collect(store, lambda: garbage)
     assert not other.path.exists()
     assert {each.path for each in store.artifacts()} == kept
 
@@ -60,7 +61,7 @@ def test_leftovers_go_and_unfinished_work_stays(store: Store) -> None:
         "half": "left by a gc that was killed",
     }
     assert [each.path.name for each in unfinished_scratch(store)] == ["f" * 12]
-    collect(store, find_garbage(store, None, 30))
+    collect(store, lambda: find_garbage(store, None, 30))
     assert whys(store, None) == {}
     assert (store.root / ".scratch" / ("f" * 12) / "checkpoint").is_file()
     assert not (store.root / ".trash").exists()
@@ -83,7 +84,7 @@ def test_links_and_files_outside_are_left_alone(store: Store, tmp_path: Path) ->
     (store.root / ".replaced").mkdir(parents=True)
     (store.root / ".replaced" / "link").symlink_to(outside)
     assert find_garbage(store, set(), 0) == []
-    collect(store, [])
+    collect(store, list)
     assert (outside / "mine").is_file()
 
 
@@ -93,5 +94,45 @@ def test_nothing_goes_while_a_run_is_under_way(store: Store) -> None:
         store.lock("k" * 64, "distill"),
         pytest.raises(StageFailedError, match="a run is under way in the store"),
     ):
-        collect(store, find_garbage(store, set(), 30))
+        collect(store, lambda: find_garbage(store, set(), 30))
     assert artifact.path.is_dir()
+
+
+def test_nothing_goes_between_two_steps_of_a_run(store: Store) -> None:
+    artifact = made(store, "fdb")
+    with store.in_use("pipeline p.yaml"):
+        with pytest.raises(StageFailedError, match=r"process .* \(pipeline p\.yaml\)"):
+            collect(store, lambda: find_garbage(store, set(), 30))
+        with store.in_use("step"):  # as a step of the run does
+            pass
+    assert artifact.path.is_dir()
+    assert not list(store.locks.glob("run-*"))
+    collect(store, lambda: find_garbage(store, set(), 30))
+    assert not artifact.path.exists()
+
+
+def test_a_run_that_begins_during_gc_waits_until_it_has_ended(store: Store) -> None:
+    begun: list[str] = []
+
+    def use() -> None:
+        with store.in_use("run"):
+            begun.append("run")
+
+    run = threading.Thread(target=use)
+
+    def find() -> list[Garbage]:
+        run.start()
+        run.join(timeout=1)
+        assert begun == []
+        return []
+
+    collect(store, find)
+    run.join(timeout=30)
+    assert begun == ["run"]
+
+
+def test_the_lock_of_a_killed_run_holds_nothing_back(store: Store) -> None:
+    store.locks.mkdir(parents=True)
+    (store.locks / "run-0123.lock").touch()
+    collect(store, list)
+    assert not (store.locks / "run-0123.lock").exists()

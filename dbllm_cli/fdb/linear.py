@@ -93,8 +93,8 @@ class FdbLinear(nn.Module):
         kernels = cpu_kernels()
         if kernels is None or self.weight is None or not kernels.fits(self.group_size):
             return
-        weight, scales = self._planes()
-        if weight.device.type == "cpu":
+        if self.weight.device.type == "cpu":
+            weight, scales = self._planes()
             self.tiles = kernels.to_tiles(weight, scales, self.in_features, self.group_size)
             self.weight = self.scales = None
             self._set_stored({})
@@ -182,6 +182,10 @@ class FdbLinear(nn.Module):
         if scales and self.scales is not None:
             self._make_stored(self.scales.device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        _, strict, missing = args[:3]
+        if strict:  # torch sees the buffers of the present form alone
+            names = [f"{prefix}{name}" for name in ("weight", *self.scheme.parts(0, 0))]
+            missing += [n for n in names if n not in state_dict and n not in missing]
         # The scales may come in two calls, from two shards.
         self._unread -= scales
         if not self._unread:

@@ -76,7 +76,6 @@ const char* torch_abi_load(const char* torch_library) {
     /* Of libstdc++, and of libc++: the C ABI has no way to raise an error in an operator. */
     void* thrower = dlsym(handle, "_ZSt21__throw_runtime_errorPKc");
     if (thrower == NULL) thrower = dlsym(handle, "_ZNSt3__121__throw_runtime_errorEPKc");
-    if (thrower == NULL) thrower = dlsym(handle, "_ZNSt3__119__throw_runtime_errorEPKc");
     if (thrower == NULL) return "std::__throw_runtime_error";
     memcpy(&torch.throw_error, &thrower, sizeof thrower);
     pthread_key_create(&work_key, free_work);
@@ -93,6 +92,11 @@ void array_describe(tensor from, array* to) {
     torch.sizes(from, &sizes);
     torch.strides(from, &strides);
     torch.dtype(from, &dtype);
+    to->type = OTHER; /* which no operator takes */
+    if (to->dim > ARRAY_MAX_DIM) {
+        to->dim = 1, to->sizes[0] = 0, to->strides[0] = 1;
+        return;
+    }
     memcpy(to->sizes, sizes, (size_t)to->dim * sizeof *sizes);
     memcpy(to->strides, strides, (size_t)to->dim * sizeof *strides);
     to->type = dtype == torch.float32()    ? FLOAT32

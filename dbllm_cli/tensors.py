@@ -187,3 +187,9 @@ def require_finite(name: str, tensor: Tensor) -> None:
         raise ArtifactCorruptError(
             f"tensor {name} holds NaN or infinity", "download or export the model again"
         )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name as settings and records have it."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

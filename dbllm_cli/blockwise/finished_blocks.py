@@ -24,7 +24,7 @@ from dbllm_cli.records.checkpoints import (
     save_checkpoint,
 )
 from dbllm_cli.tensors import TensorFolder
-from dbllm_cli.training.student import dense_layer
+from dbllm_cli.training.student import set_dense_layer
 
 BlockReport = list[dict[str, float]]
 """The figures of every finished block."""
@@ -124,13 +124,12 @@ class FinishedBlocks:
     def set_layers(self, index: int, block: nn.Module) -> None:
         """Put a block's kept layers, dense, in the places of those whose biases they take."""
         for name, matrix, _ in self._layers_of(index):
-            bias = cast("Tensor | None", getattr(block.get_submodule(name), "bias", None))
             on_device = replace(
                 matrix,
                 weight=matrix.weight.to(self.model.device),
                 scales=matrix.scales.to(self.model.device),
             )
-            block.set_submodule(name, dense_layer(on_device, bias, self.model.dtype))
+            set_dense_layer(block, name, on_device, self.model.dtype)
 
     def layers(self) -> Iterator[tuple[str, QuantizedMatrix, Tensor | None]]:
         """Full name, planes and scales, and latent weights or None, of every layer of the model."""

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from dbllm_cli.fdb.compensation import Compensated, quantize_compensated
 from dbllm_cli.llm.blocks import layer_shape
 from dbllm_cli.progress import Progress
 from dbllm_cli.tensors import require_finite
-from dbllm_cli.training.student import dense_layer
+from dbllm_cli.training.student import set_dense_layer
 
 
 @dataclass(frozen=True)
@@ -137,12 +136,9 @@ class GptqStart:
                 lambda batch: self.model.run_block(index, block, batch.to(self.model.device)),
             )
             for name in together:
-                module = block.get_submodule(name)
                 full = f"{prefix}.{name}"
                 layers[name] = _quantize(full, self.model.matrix(full), gram, self.options)
-                bias = cast("Tensor | None", getattr(module, "bias", None))
-                dense = dense_layer(layers[name].quantized, bias, self.model.dtype)
-                block.set_submodule(name, dense)
+                set_dense_layer(block, name, layers[name].quantized, self.model.dtype)
         return layers
 
     def _in_order(

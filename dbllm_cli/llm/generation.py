@@ -19,6 +19,7 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.llm.models import load_model, model_folder, require_positions
 from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.store import Artifact
+from dbllm_cli.tensors import torch_dtype
 
 
 def generate_stream(
@@ -60,7 +61,7 @@ def generate_stream(
     tokenizer = load_tokenizer(folder, trust_remote_code)
     ids = _prompt_ids(tokenizer, prompt, chat)
     require_positions(folder, ids.shape[-1] + max_new_tokens, trust_remote_code)
-    model = load_model(folder, getattr(torch, dtype), device, trust_remote_code)
+    model = load_model(folder, torch_dtype(dtype), device, trust_remote_code)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stopped = Event()
     options: dict[str, Any] = {

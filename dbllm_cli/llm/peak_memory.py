@@ -8,13 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from dbllm_cli.errors import StageFailedError
 from dbllm_cli.llm.decoding import prefill_and_decode
 from dbllm_cli.llm.models import load_model
 from dbllm_cli.machine.device_memory import peak_device_memory_mib
 from dbllm_cli.machine.memory import peak_memory_mib
+from dbllm_cli.tensors import torch_dtype
 
 
 def measure_peak_memory(
@@ -51,7 +50,7 @@ def measure_peak_memory(
 def main() -> None:
     """Measure what argv describes and print MiB."""
     folder, compute_dtype, shape, device, trust_remote_code = json.loads(sys.argv[1])
-    dtype = getattr(torch, compute_dtype)
+    dtype = torch_dtype(compute_dtype)
     model = load_model(Path(folder), dtype, device, trust_remote_code)
     batch_size, prompt_tokens, decode_tokens = shape
     prefill_and_decode(model, batch_size, prompt_tokens, decode_tokens, seed=0)

@@ -63,8 +63,7 @@ def run_pipeline(
         keep_going: after a failure go on with the steps that don't need what failed.
 
     Raises:
-        DbllmError: all that `run_stage`, `plan_pipeline` and `resolve_model` raise; of steps not
-            with `keep_going`.
+        DbllmError: as `plan_pipeline`, `resolve_model` and, not with `keep_going`, `run_stage`.
     """
     make = partial(
         run_stage,

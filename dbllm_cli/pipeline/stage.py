@@ -62,6 +62,24 @@ class _Making:
     device: str
     trust_remote_code: bool
     replace: bool
+    lineage: Lineage
+
+    @property
+    def key(self) -> str:
+        return lineage_key(self.lineage)
+
+    @property
+    def label(self) -> str:
+        """What is made, in texts."""
+        return f"{self.step} ({self.spec.output}-{self.key[:12]})"
+
+    def found(self) -> Outcome | None:
+        """The outcome where the artifact is there and may stay."""
+        artifact = None if self.replace else self.store.find(self.spec.output, self.key)
+        return None if artifact is None else _outcome(self.step, artifact, ran=False)
+
+    def note_waiting(self, holder: str) -> None:
+        self.progress.note(f"{self.label} is being made by {holder}: waiting until it ends")
 
 
 def run_stage(
@@ -102,30 +120,28 @@ def run_stage(
     """
     _check_inputs(spec, inputs)
     config.require_inputs({name.split(".")[0] for name in inputs})
-    lineage = lineage_of(spec, config, inputs, store)
-    key = lineage_key(lineage)
-    again = force or spec.always_runs
     making = _Making(
-        step or spec.name, spec, config, inputs, store, progress, device, trust_remote_code, again
+        step=step or spec.name,
+        spec=spec,
+        config=config,
+        inputs=inputs,
+        store=store,
+        progress=progress,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        replace=force or spec.always_runs,
+        lineage=lineage_of(spec, config, inputs, store),
     )
-    found = None if again else store.find(spec.output, key)
+    found = making.found()
     if found is not None:
-        return _outcome(making.step, found, ran=False)
-    label = f"{making.step} ({spec.output}-{key[:12]})"
-
-    def told(holder: str) -> None:
-        progress.note(f"{label} is being made by {holder}: waiting until it ends")
-
+        return found
     with (
         stops_on_sigterm(),
-        store.in_use(label),
-        store.lock(key, label, told if wait else None),
+        store.in_use(making.label),
+        store.lock(making.key, making.label, making.note_waiting if wait else None),
     ):
         # Another run may have finished it while this one came for the lock.
-        found = None if again else store.find(spec.output, key)
-        if found is not None:
-            return _outcome(making.step, found, ran=False)
-        return _make(making, lineage)
+        return making.found() or _make(making)
 
 
 def _check_inputs(spec: AnyStage, inputs: Mapping[str, Artifact]) -> None:
@@ -150,11 +166,11 @@ def _check_inputs(spec: AnyStage, inputs: Mapping[str, Artifact]) -> None:
             )
 
 
-def _make(making: _Making, lineage: Lineage) -> Outcome:
-    store, key = making.store, lineage_key(lineage)
+def _make(making: _Making) -> Outcome:
+    store = making.store
     store.require_whole(making.inputs.values(), making.progress)
     recorder = Recorder(making.device)
-    scratch = store.scratch(key)
+    scratch = store.scratch(making.key)
     staging = store.staging()
     try:
         context = Context(
@@ -176,7 +192,7 @@ def _make(making: _Making, lineage: Lineage) -> Outcome:
             **recorder.record(scratch, result.environment),
         }
         artifact = store.publish(
-            staging, making.spec.output, lineage, provenance, replace=making.replace
+            staging, making.spec.output, making.lineage, provenance, replace=making.replace
         )
     finally:
         shutil.rmtree(staging, ignore_errors=True)

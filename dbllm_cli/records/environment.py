@@ -82,9 +82,3 @@ def begin_or_resume(
     part.write_text(json.dumps(asdict(here)))
     rename_durably(part, path)
     return here
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of a name as settings and records have it."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

@@ -21,11 +21,12 @@ from dbllm_cli.llm.quantized_folder import PackedFolder
 from dbllm_cli.machine.compute_dtype import faster_dtype
 from dbllm_cli.machine.processor import processor
 from dbllm_cli.progress import Task
-from dbllm_cli.records.environment import environment_here, torch_dtype
+from dbllm_cli.records.environment import environment_here
 from dbllm_cli.records.metrics import BenchMetrics, SpeedMetrics, Spread
 from dbllm_cli.stages.context import Context, Result
 from dbllm_cli.stages.spec import BENCH, implements
 from dbllm_cli.store import Artifact
+from dbllm_cli.tensors import torch_dtype
 from dbllm_cli.training.student import packed_layers
 
 _Rate = Literal["prefill_tokens_per_second", "decode_tokens_per_second", "weight_bytes"]

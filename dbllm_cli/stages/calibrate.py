@@ -32,12 +32,12 @@ from dbllm_cli.llm.text import (
 from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.calibration import Calibration
 from dbllm_cli.records.checkpoints import keep_tensors
-from dbllm_cli.records.environment import begin_or_resume, torch_dtype
+from dbllm_cli.records.environment import begin_or_resume
 from dbllm_cli.records.metrics import CalibrationMetrics
 from dbllm_cli.stages.context import Context, Result
 from dbllm_cli.stages.spec import CALIBRATE, implements
 from dbllm_cli.store import Artifact
-from dbllm_cli.tensors import TensorFolder, require_finite
+from dbllm_cli.tensors import TensorFolder, require_finite, torch_dtype
 
 _STATISTICS_TOKENS = 65_536
 """Enough for a mean of each input."""

@@ -9,12 +9,13 @@ from dbllm_cli.configs import DistillConfig
 from dbllm_cli.llm.models import CURVE, load_model, model_folder
 from dbllm_cli.llm.quantized_folder import PackedFolder, write_requantized
 from dbllm_cli.records.calibration import open_calibration, require_same_model
-from dbllm_cli.records.environment import begin_or_resume, torch_dtype
+from dbllm_cli.records.environment import begin_or_resume
 from dbllm_cli.records.layers import over_all_layers, write_layer_report
 from dbllm_cli.records.metrics import DistillMetrics
 from dbllm_cli.stages.context import Context, Result, options_from
 from dbllm_cli.stages.spec import DISTILL, implements
 from dbllm_cli.store import Artifact
+from dbllm_cli.tensors import torch_dtype
 from dbllm_cli.training.trainer import TeacherAndStudent, Trainer, TrainerOptions
 
 

@@ -29,13 +29,14 @@ from dbllm_cli.llm.text import (
 )
 from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.calibration import open_calibration, require_same_tokenizer
-from dbllm_cli.records.environment import environment_here, torch_dtype
+from dbllm_cli.records.environment import environment_here
 from dbllm_cli.records.evaluation import WINDOWS, ratio_standard_error
 from dbllm_cli.records.metrics import EvalMetrics
 from dbllm_cli.stages.context import Context, Result
 from dbllm_cli.stages.spec import EVAL_PPL, implements
 from dbllm_cli.store import Artifact
 from dbllm_cli.store.json_file import write_json
+from dbllm_cli.tensors import torch_dtype
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,11 @@ def _protocol(
     if config.text is None and config.dataset is None:
         return _held_out(config, inputs, tokenizer)
     name = (config.text or config.dataset or "").rstrip("/").rpartition("/")[2]
-    stream = _stream(config, tokenizer)
+    source = TextSource(**config.text_settings())
+    # What is asked for, or fits the source.
+    fitting = "raw" if source.is_plain_text() else "wikitext-rows"
+    reading = None if config.protocol == "documents" else config.reading or fitting
+    stream = _stream(source, reading, tokenizer)
     length = config.sequence_length
     if config.protocol == "strided":
         cut = strided_windows(stream, length, config.stride) if len(stream) > 1 else []
@@ -120,7 +125,7 @@ def _protocol(
         )
     settings: dict[str, object] = {
         "name": config.protocol,
-        "reading": None if config.protocol == "documents" else _reading(config),
+        "reading": reading,
         "sequence_length": length,
         "stride": config.stride if config.protocol == "strided" else None,
         "max_windows": config.max_windows,
@@ -151,22 +156,16 @@ def _held_out(
     return _Protocol(what, settings, full_windows(sequences))
 
 
-def _reading(config: EvalPplConfig) -> str:
-    """The reading that is asked for, or that fits the source."""
-    fitting = "raw" if TextSource(**config.text_settings()).is_plain_text() else "wikitext-rows"
-    return config.reading or fitting
-
-
-def _stream(config: EvalPplConfig, tokenizer: Tokenizer) -> list[int]:
-    source = TextSource(**config.text_settings())
-    if config.protocol == "documents":
+def _stream(source: TextSource, reading: str | None, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of the text, read that way; of its documents where `reading` is None."""
+    if reading is None:
         bos = tokenizer.bos_token_id
         gap = tokenize(tokenizer, DOCUMENT_GAP, special=False) if bos is None else [bos]
         stream = [] if bos is None else [bos]
         for number, document in enumerate(source.read()):
             stream += (gap if number else []) + tokenize(tokenizer, document, special=False)
         return stream
-    if _reading(config) == "raw":
+    if reading == "raw":
         return tokenize(tokenizer, source.read_raw())
     rows = wikitext_rows(source.read_raw()) if source.is_plain_text() else source.read()
     return tokenize(tokenizer, DOCUMENT_GAP.join(rows))

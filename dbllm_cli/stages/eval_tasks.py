@@ -13,13 +13,14 @@ from dbllm_cli.errors import ConfigError
 from dbllm_cli.llm.models import load_model, model_folder
 from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.checkpoints import last_checkpoint, save_checkpoint
-from dbllm_cli.records.environment import begin_or_resume, torch_dtype
+from dbllm_cli.records.environment import begin_or_resume
 from dbllm_cli.records.evaluation import ITEMS, accuracy
 from dbllm_cli.records.metrics import TasksMetrics
 from dbllm_cli.stages.context import Context, Result
 from dbllm_cli.stages.spec import EVAL_TASKS, implements
 from dbllm_cli.store import Artifact, digest_of
 from dbllm_cli.store.json_file import write_json
+from dbllm_cli.tensors import torch_dtype
 
 _CHECKPOINT = "tasks"
 _Results = dict[str, dict[str, Any]]

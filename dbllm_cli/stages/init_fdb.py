@@ -30,7 +30,7 @@ from dbllm_cli.llm.quantized_folder import (
 )
 from dbllm_cli.llm.tokenizers import load_tokenizer
 from dbllm_cli.records.calibration import open_calibration, require_same_model
-from dbllm_cli.records.environment import begin_or_resume, environment_here, torch_dtype
+from dbllm_cli.records.environment import begin_or_resume, environment_here
 from dbllm_cli.records.layers import (
     note_coarse_layers,
     over_all_layers,
@@ -42,7 +42,7 @@ from dbllm_cli.stages.context import Context, Result, options_from
 from dbllm_cli.stages.spec import INIT_FDB, implements
 from dbllm_cli.store import Artifact
 from dbllm_cli.store.json_file import read_json_object, write_json
-from dbllm_cli.tensors import TensorFolder, require_finite
+from dbllm_cli.tensors import TensorFolder, require_finite, torch_dtype
 
 
 @implements(INIT_FDB)
@@ -136,7 +136,7 @@ def _write_tensors(
     chosen: Collection[str],
     out: Path,
 ) -> None:
-    reader, dtype = TensorFolder(folder), getattr(torch, config.dtype)
+    reader, dtype = TensorFolder(folder), torch_dtype(config.dtype)
 
     def others() -> Iterator[tuple[str, Tensor]]:
         for name in module_tensor_names(model):

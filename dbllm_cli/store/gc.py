@@ -5,16 +5,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbllm_cli.errors import StageFailedError
-from dbllm_cli.store import locks
 from dbllm_cli.store.artifact import Artifact
 from dbllm_cli.store.disk import disk_errors
 from dbllm_cli.store.staging import dead_staging
-from dbllm_cli.store.store import GC_LOCK, RUN_LOCK, Store
+from dbllm_cli.store.store import Store
 
 _DAY = 86_400
 
@@ -84,7 +81,7 @@ def collect(store: Store, find: Callable[[], list[Garbage]]) -> list[Garbage]:
         ConfigError: the store can't be written.
     """
     trash = store.root / _TRASH
-    with disk_errors(store.root, "removing what is not needed"), _quiet(store):
+    with disk_errors(store.root, "removing what is not needed"), store.unused():
         garbage = find()
         trash.mkdir(exist_ok=True)
         for each in garbage:
@@ -98,9 +95,10 @@ _UNFINISHED = "unfinished work: the same command goes on from it"
 
 
 def _garbage(store: Store, kept: Collection[Path] | None, unused_days: int) -> Iterator[Garbage]:
-    for artifact in store.artifacts() if kept is not None else ():
-        if isinstance(artifact, Artifact) and artifact.path not in (kept or ()):
-            yield _of(artifact.path, "no pipeline given and no --keep needs it")
+    if kept is not None:
+        for artifact in store.artifacts():
+            if isinstance(artifact, Artifact) and artifact.path not in kept:
+                yield _of(artifact.path, "no pipeline given and no --keep needs it")
     for folder in _folders(store.root / ".replaced"):
         yield _of(folder, "replaced by --force")
     yield from (each for each in _scratch(store) if each.why != _UNFINISHED)
@@ -131,30 +129,3 @@ def _folders(parent: Path) -> list[Path]:
 def _of(path: Path, why: str) -> Garbage:
     files = (Path(root) / name for root, _, names in os.walk(path) for name in names)
     return Garbage(path, why, sum(file.lstat().st_size for file in files))
-
-
-@contextmanager
-def _quiet(store: Store) -> Iterator[None]:
-    """Hold back runs that begin, and refuse while one is under way: it may read what would go."""
-    store.locks.mkdir(parents=True, exist_ok=True)
-    release = locks.acquire(store.locks / GC_LOCK, "gc", lambda _: None)
-    try:
-        for file in sorted(store.locks.glob("*.lock")):
-            if file.name != GC_LOCK:
-                _require_free(store, file)
-        yield
-    finally:
-        release()
-
-
-def _require_free(store: Store, file: Path) -> None:
-    try:
-        locks.acquire(file, "it")()
-    except StageFailedError as error:
-        raise StageFailedError(
-            f"a run is under way in the store {store.root}: {error.message}",
-            "wait until it ends, or stop it; then give the same command again",
-        ) from error
-    if file.name.startswith(RUN_LOCK):  # of a run that was killed
-        for left in (file, file.with_suffix(".json")):
-            left.unlink(missing_ok=True)

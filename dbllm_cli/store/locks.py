@@ -31,7 +31,7 @@ def acquire(
     """
     from filelock import FileLock, Timeout
 
-    holder = file.with_suffix(".json")
+    holder = _holder(file)
     lock = FileLock(file)
     try:
         try:
@@ -56,6 +56,16 @@ def acquire(
         lock.release()
         raise
     return lock.release
+
+
+def forget(file: Path) -> None:
+    """Remove a lock that nobody will take again."""
+    for left in (file, _holder(file)):
+        left.unlink(missing_ok=True)
+
+
+def _holder(file: Path) -> Path:
+    return file.with_suffix(".json")
 
 
 def _write_holder(file: Path, label: str) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import uuid
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +27,9 @@ from dbllm_cli.store.manifest import (
 from dbllm_cli.store.references import path_of, shown
 from dbllm_cli.store.staging import new_staging
 
-RUN_LOCK, GC_LOCK = "run-", "gc.lock"
 DEFAULT_ROOT = Path("artifacts")
 _KEY_LENGTH = 12
+_RUN_LOCK, _GC_LOCK = "run-", "gc.lock"
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,8 @@ class Store:
             StageFailedError: another process is making it, and there is no waiting.
             ConfigError: the store can't be written.
         """
-        file = self._made(self.locks) / f"{key[:_KEY_LENGTH]}.lock"
-        with disk_errors(self.root, "taking a lock"):
-            release = locks.acquire(file, label, on_wait)
-        try:
+        with self._held(f"{key[:_KEY_LENGTH]}.lock", label, on_wait):
             yield
-        finally:
-            release()
 
     @contextmanager
     def in_use(self, label: str) -> Iterator[None]:
@@ -159,18 +154,51 @@ class Store:
         Raises:
             ConfigError: the store can't be written.
         """
-        # gc holds its lock before it looks at those of runs: one of the two sees the other.
-        file = self._made(self.locks) / f"{RUN_LOCK}{uuid.uuid4().hex[:12]}.lock"
-        with disk_errors(self.root, "taking a lock"):
-            release = locks.acquire(file, label)
+        name = f"{_RUN_LOCK}{uuid.uuid4().hex[:12]}.lock"
+        with ExitStack() as held:
+            # gc holds this one from before it looks at those of runs until it has ended.
+            with self._held(_GC_LOCK, label, lambda _: None):
+                held.callback(locks.forget, self.locks / name)
+                held.enter_context(self._held(name, label))
+            yield
+
+    @contextmanager
+    def unused(self) -> Iterator[None]:
+        """Hold back runs that begin; for `gc`, which removes what a run could be reading.
+
+        Raises:
+            StageFailedError: a run is under way.
+            ConfigError: the store can't be written.
+        """
+        with self._held(_GC_LOCK, "gc", lambda _: None):
+            for file in sorted(self.locks.glob("*.lock")):
+                if file.name != _GC_LOCK:
+                    self._require_free(file)
+            yield
+
+    def _require_free(self, file: Path) -> None:
         try:
-            with disk_errors(self.root, "taking a lock"):
-                locks.acquire(self.locks / GC_LOCK, label, lambda _: None)()
+            with self._held(file.name, "it"):
+                pass
+        except StageFailedError as error:
+            raise StageFailedError(
+                f"a run is under way in the store {self.root}: {error.message}",
+                "wait until it ends, or stop it; then give the same command again",
+            ) from error
+        if file.name.startswith(_RUN_LOCK):  # of a run that was killed
+            locks.forget(file)
+
+    @contextmanager
+    def _held(
+        self, name: str, label: str, on_wait: Callable[[str], None] | None = None
+    ) -> Iterator[None]:
+        file = self._made(self.locks) / name
+        with disk_errors(self.root, "taking a lock"):
+            release = locks.acquire(file, label, on_wait)
+        try:
             yield
         finally:
             release()
-            for left in (file, file.with_suffix(".json")):
-                left.unlink(missing_ok=True)
 
     def staging(self) -> Path:
         """A new empty folder to make an artifact in; those of dead processes are cleared away."""

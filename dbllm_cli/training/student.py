@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,20 +51,24 @@ def latent_layer(
     return LatentLinear(on_device, latent, bias, fixed_cells)
 
 
-def dense_layer(quantized: QuantizedMatrix, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    """A layer that is finished, as a dense one: nothing of it changes from batch to batch.
+def set_dense_layer(
+    block: nn.Module, name: str, quantized: QuantizedMatrix, dtype: torch.dtype
+) -> None:
+    """Put a layer that is finished, dense, in its place: it does not change from batch to batch.
 
     Args:
+        block: what holds the layer.
+        name: of the layer within the block; the bias that it has stays.
         quantized: its planes and scales.
-        bias: its bias, or None.
         dtype: of the weights.
     """
+    bias = cast("Tensor | None", getattr(block.get_submodule(name), "bias", None))
     shape = quantized.in_features, quantized.weight.shape[1]
     layer = nn.Linear(*shape, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(quantized.dense(dtype), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    return layer
+    block.set_submodule(name, layer)
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[str, FdbLinear]]:

@@ -124,6 +124,7 @@ def test_a_run_that_begins_during_gc_waits_until_it_has_ended(store: Store) -> N
         run.start()
         run.join(timeout=1)
         assert begun == []
+        assert not list(store.locks.glob("run-*"))
         return []
 
     collect(store, find)

@@ -62,7 +62,7 @@ class FdbLinear(nn.Module):
             2, out_features, -(-in_features // 8), dtype=torch.uint8, device=device
         )
         self.register_buffer("weight", planes)
-        for name in self.scheme.parts(0, 0):
+        for name in self.scheme.part_names:
             self.register_buffer(name, None)
         self.register_buffer("scales", None, persistent=False)
         self.register_buffer("tiles", None, persistent=False)
@@ -119,11 +119,11 @@ class FdbLinear(nn.Module):
 
     def _stored(self) -> dict[str, Tensor]:
         """The stored scales by name; none in the other forms."""
-        parts = {name: getattr(self, name) for name in self.scheme.parts(0, 0)}
+        parts = {name: getattr(self, name) for name in self.scheme.part_names}
         return {name: part for name, part in parts.items() if part is not None}
 
     def _set_stored(self, stored: dict[str, Tensor]) -> None:
-        for name in self.scheme.parts(0, 0):
+        for name in self.scheme.part_names:
             setattr(self, name, stored.get(name))
 
     def _make_stored(self, device: torch.device | str | None) -> None:
@@ -131,7 +131,7 @@ class FdbLinear(nn.Module):
         shape = self.in_features, self.out_features
         self._set_stored(self.scheme.empty_stored(shape, self.group_size, device))
         self.scales = None
-        self._unread = set(self.scheme.parts(0, 0))
+        self._unread = set(self.scheme.part_names)
 
     # -- the product -------------------------------------------------------------------------------
 
@@ -175,7 +175,7 @@ class FdbLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        scales = {name for name in self.scheme.parts(0, 0) if f"{prefix}{name}" in state_dict}
+        scales = {name for name in self.scheme.part_names if f"{prefix}{name}" in state_dict}
         if self.tiles is not None and (scales or f"{prefix}weight" in state_dict):
             self._leave_cpu_kernels()
             self._tiled_before = True
@@ -184,7 +184,7 @@ class FdbLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         _, strict, missing = args[:3]
         if strict:  # torch sees the buffers of the present form alone
-            names = [f"{prefix}{name}" for name in ("weight", *self.scheme.parts(0, 0))]
+            names = [f"{prefix}{name}" for name in ("weight", *self.scheme.part_names)]
             missing += [n for n in names if n not in state_dict and n not in missing]
         # The scales may come in two calls, from two shards.
         self._unread -= scales

@@ -106,7 +106,7 @@ class PackedFolder:
 
     def other_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that is not a plane or a scale."""
-        parts = {"weight", *self.scheme.parts(0, 0)}
+        parts = {"weight", *self.scheme.part_names}
         quantized = {f"{name}.{part}" for name in self.layer_names() for part in parts}
         for name in self.tensors.names():
             if name not in quantized:

@@ -63,6 +63,11 @@ class Scheme(ABC):
     def parts(self, out_features: int, groups: int) -> dict[str, tuple[torch.dtype, list[int]]]:
         """The stored tensors by name: dtype and shape."""
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The names of the stored tensors."""
+        return tuple(self.parts(0, 0))
+
     @abstractmethod
     def store(self, scales: Tensor) -> dict[str, Tensor]:
         """Allowed scales `[numbers, out, groups]` as files hold them, rounded."""

@@ -87,8 +87,7 @@ static void make_gradients(int64_t first, int64_t last, void* context) {
 }
 
 /* What latent weights and planes have in common: the scales. */
-static call describe(tensor alpha, int64_t in, int64_t group_size, array* scales) {
-    array_describe(alpha, scales);
+static call call_of(const array* scales, int64_t in, int64_t group_size) {
     return (call){
         .alpha = (const float*)scales->data,
         .rows = scales->sizes[1],
@@ -134,7 +133,7 @@ void latent_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
                 are_sizes(&scales, weights.sizes[0], weights.sizes[1], (int64_t)stack[3]) &&
                 has_sizes(&cells, FLOAT32, 3, scales.sizes),
             3, "latent_levels got latent weights, scales and cells that do not fit each other");
-    call c = describe((tensor)stack[1], weights.sizes[1], (int64_t)stack[3], &scales);
+    call c = call_of(&scales, weights.sizes[1], (int64_t)stack[3]);
     c.latent = (const float*)weights.data, c.cells = (const float*)cells.data;
     c.type = stack[4] & 1 ? BFLOAT16 : FLOAT32;
     tensor result = array_new(weights.sizes, 2, c.type, &c.dense);
@@ -154,7 +153,7 @@ void latent_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs
                 are_sizes(&scales, weights.sizes[0], weights.sizes[1], (int64_t)stack[4]) &&
                 has_sizes(&cells, FLOAT32, 3, scales.sizes),
             4, "latent_gradients got tensors that do not fit each other");
-    call c = describe((tensor)stack[2], weights.sizes[1], (int64_t)stack[4], &scales);
+    call c = call_of(&scales, weights.sizes[1], (int64_t)stack[4]);
     c.latent = (const float*)weights.data, c.cells = (const float*)cells.data;
     c.type = dense.type, c.dense = dense.data;
     tensor to_latent = array_new(weights.sizes, 2, FLOAT32, (char**)&c.to_latent);
@@ -175,7 +174,7 @@ void plane_levels_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs) {
                 are_sizes(&scales, scales.sizes[1], (int64_t)stack[2], (int64_t)stack[3]) &&
                 are_planes(&bits, scales.sizes[1], (int64_t)stack[2], (int64_t)stack[3]),
             2, "plane_levels got planes and scales that do not fit each other");
-    call c = describe(alpha, (int64_t)stack[2], (int64_t)stack[3], &scales);
+    call c = call_of(&scales, (int64_t)stack[2], (int64_t)stack[3]);
     c.planes = (const uint8_t*)bits.data;
     c.type = stack[4] & 1 ? BFLOAT16 : FLOAT32;
     tensor result = array_new((int64_t[]){c.rows, c.in}, 2, c.type, &c.dense);
@@ -195,7 +194,7 @@ void plane_gradients_cpu(stable_value* stack, uint64_t inputs, uint64_t outputs)
                 are_sizes(&scales, dense.sizes[0], dense.sizes[1], (int64_t)stack[3]) &&
                 are_planes(&bits, dense.sizes[0], dense.sizes[1], (int64_t)stack[3]),
             3, "plane_gradients got tensors that do not fit each other");
-    call c = describe((tensor)stack[2], dense.sizes[1], (int64_t)stack[3], &scales);
+    call c = call_of(&scales, dense.sizes[1], (int64_t)stack[3]);
     c.planes = (const uint8_t*)bits.data;
     c.type = dense.type, c.dense = dense.data;
     tensor to_alpha = array_new(scales.sizes, 3, FLOAT32, (char**)&c.to_alpha);
